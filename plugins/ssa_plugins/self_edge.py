@@ -1,0 +1,17 @@
+"""``self``: every query attends its own position."""
+
+from ssa_framework.plugin import Band, NeighborSource, Registrar, RoutingContext, hookimpl
+
+
+class SelfEdge(NeighborSource):
+    """Every query attends the key at its own position."""
+
+    needs_positions = True
+
+    def propose(self, ctx: RoutingContext) -> Band:
+        return Band(before=0, after=0)
+
+
+@hookimpl
+def ssa_register_sources(register: Registrar) -> None:
+    register.add("self", SelfEdge)

@@ -1,0 +1,27 @@
+"""``window``: the keys around every query."""
+
+from ssa_framework.plugin import Band, ConfigError, LayerSpec, NeighborSource, Registrar, RoutingContext, hookimpl
+
+
+class Window(NeighborSource):
+    """Every query attends the keys within ``size`` positions of its own; only those before it if causal.
+
+    Args:
+        size: half-width of the window, in positions.
+    """
+
+    needs_positions = True
+
+    def __init__(self, layer: LayerSpec, *, size: int = 8) -> None:
+        super().__init__(layer)
+        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+            raise ConfigError(f"window: size must be an integer >= 0, got {size!r}")
+        self.size = size
+
+    def propose(self, ctx: RoutingContext) -> Band:
+        return Band(before=self.size, after=self.size)
+
+
+@hookimpl
+def ssa_register_sources(register: Registrar) -> None:
+    register.add("window", Window)

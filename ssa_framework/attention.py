@@ -1,0 +1,345 @@
+"""`build_graph` and `sparse_attention`, functions on tensors; `SparseAttention`, the layer made of them."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssa_framework.config import SSAConfig
+from ssa_framework.errors import ConfigError, GraphError, MaskError, ShapeError
+from ssa_framework.graph import NeighborGraph
+from ssa_framework.masks import MaskMod, make_edge_mask
+from ssa_framework.ops.neighbor_attention import neighbor_attention
+from ssa_framework.ops.neighbor_attention.api import check_backend, check_graph, check_tensors
+from ssa_framework.registry import SourceRegistry, default_registry
+from ssa_framework.rotary import rotate
+from ssa_framework.router import Router
+
+_ROUTER_CACHE_SIZE = 32
+_routers: OrderedDict[tuple[str, str, int], tuple[SourceRegistry, Router]] = OrderedDict()
+_routers_lock = threading.Lock()
+
+
+def _functional_router(
+    config: SSAConfig, query: Tensor, key: Tensor, causal: bool, registry: SourceRegistry | None
+) -> Router:
+    """A router for these heads on this device; its buffers follow from the seed, so it can be kept and shared."""
+    heads, kv_heads = query.shape[1], key.shape[1]
+    config = config.replace(
+        d_model=heads * query.shape[-1], num_heads=heads, num_kv_heads=kv_heads, causal=causal, rope_base=None
+    )
+    registry = default_registry() if registry is None else registry
+    cache_key = (repr(config), str(query.device), id(registry))
+    with _routers_lock:
+        if cache_key in _routers:
+            _routers.move_to_end(cache_key)
+            return _routers[cache_key][1]
+    router = Router(config, registry=registry).to(query.device)
+    router.eval()
+    if any(parameter.requires_grad for parameter in router.parameters()):
+        raise ConfigError(
+            "a source of this mix has parameters of its own, which a function has no place for; use SparseAttention"
+        )
+    with _routers_lock:
+        _routers[cache_key] = (registry, router)  # the registry stays alive, so its id stays its own
+        while len(_routers) > _ROUTER_CACHE_SIZE:
+            _routers.popitem(last=False)
+    return router
+
+
+def build_graph(
+    query: Tensor,
+    key: Tensor,
+    *,
+    config: SSAConfig | None = None,
+    is_causal: bool | None = None,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    mask_mod: MaskMod | None = None,
+    query_positions: Tensor | None = None,
+    cross: bool | None = None,
+    source_inputs: Mapping[str, Any] | None = None,
+    registry: SourceRegistry | None = None,
+) -> NeighborGraph:
+    """Choose the neighbors of every query.
+
+    Args:
+        query: ``[B, H, N, D]``. key: ``[B, Hkv, M, D]`` with H a multiple of Hkv. Nothing flows back into them.
+        config: source mix, budget, graph heads, seed; `SSAConfig()` if left out. Its model sizes are not used.
+        is_causal: no key after its query; ``config.causal`` if left out.
+        attn_mask: bool (True = attend) or additive, ``[N, M]``, ``[B, M]`` or ``[B or 1, H or 1, N or 1, M or 1]``.
+        key_padding_mask: bool ``[B, M]``, True = a real key.
+        segment_ids: integer ``[B, N]``, the packed document of every token, or a pair for queries and keys.
+        mask_mod: ``(b, h, q_idx, kv_idx) -> bool`` on broadcasting index tensors, as in FlexAttention.
+        query_positions: integer ``[N]`` or ``[B, N]``, where the queries stand among the keys; ``arange(N)`` if left
+            out, which is also what torch's ``is_causal`` means for N != M.
+        cross: queries and keys are different sequences, so sources that compare positions sit out. Left out: N != M
+            without causality or positions.
+        source_inputs: per source name, what the source wants to be told with this call (``edges`` takes its edges).
+        registry: where source names are looked up.
+
+    Returns:
+        The graph. Masks are looked up edge by edge; nothing of size N·M is made.
+
+    Raises:
+        ShapeError, DtypeError, MaskError, ConfigError, UnknownSourceError, ProposalError, BudgetError.
+    """
+    check_tensors(query, key, key)
+    config = SSAConfig() if config is None else config
+    causal = config.causal if is_causal is None else bool(is_causal)
+    if cross is None:
+        cross = query.shape[2] != key.shape[2] and not causal and query_positions is None
+    mask = make_edge_mask(
+        batch=query.shape[0],
+        heads=query.shape[1],
+        queries=query.shape[2],
+        keys=key.shape[2],
+        device=query.device,
+        causal=causal,
+        query_positions=query_positions,
+        attn_mask=attn_mask,
+        key_padding_mask=key_padding_mask,
+        segment_ids=segment_ids,
+        mask_mod=mask_mod,
+    )
+    router = _functional_router(config, query, key, causal, registry)
+    graph: NeighborGraph = router(query, key, mask, cross=cross, source_inputs=source_inputs)
+    return graph
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    config: SSAConfig | None = None,
+    graph: NeighborGraph | None = None,
+    **graph_options: Any,
+) -> Tensor:
+    """Attention over a neighbor graph, called like `torch.nn.functional.scaled_dot_product_attention`.
+
+    Args:
+        query: ``[B, H, N, D]``. key: ``[B, Hkv, M, D]``. value: ``[B, Hkv, M, Dv]``; float16, bfloat16, float32 or
+            float64.
+        attn_mask, is_causal: as in torch, where ``is_causal`` lines up the first query with the first key; they go
+            into the graph, so a given ``graph`` must have been built with them.
+        dropout_p: applied whenever it is above 0, as in torch; pass 0 outside training.
+        scale: of the scores, ``1 / sqrt(D)`` if left out.
+        enable_gqa: allow fewer key/value heads than query heads.
+        config: see `build_graph`; also says ``backend``, ``dense_below`` and ``fp32_attn_weights``.
+        graph: apply this graph instead of building one.
+        graph_options: everything else that `build_graph` takes.
+
+    Returns:
+        ``[B, H, N, Dv]`` in the dtype of ``query``; zeros for a query that may attend nothing. Differentiable to
+        query, key, value and an additive ``attn_mask``.
+
+    Raises:
+        What `build_graph` raises; GraphError where ``graph`` does not fit; BackendUnavailableError.
+    """
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) if x.dtype == torch.float32 else x for x in (query, key, value))
+    check_tensors(query, key, value)
+    config = SSAConfig() if config is None else config
+    check_backend(config.backend)
+    if query.shape[1] != key.shape[1] and not enable_gqa:
+        raise ShapeError(
+            f"query has {query.shape[1]} heads, key has {key.shape[1]}; pass enable_gqa=True for grouped queries"
+        )
+    if graph is None:
+        graph = build_graph(query, key, config=config, is_causal=is_causal, attn_mask=attn_mask, **graph_options)
+    else:
+        check_given_graph(graph, attn_mask, is_causal, graph_options)
+    out, _ = neighbor_attention(
+        query,
+        key,
+        value,
+        graph,
+        scale=scale,
+        dropout_p=dropout_p,
+        fp32_weights=config.fp32_attn_weights,
+        backend=config.backend,
+        dense=config.dense_below != 0,
+    )
+    return out
+
+
+def check_given_graph(
+    graph: NeighborGraph, attn_mask: Tensor | None, is_causal: bool, graph_options: Mapping[str, Any]
+) -> None:
+    """Raises where masks are given beside a graph: they belong into it. MaskError, GraphError."""
+    if attn_mask is not None or graph_options:
+        names = [*(["attn_mask"] if attn_mask is not None else []), *graph_options]
+        raise MaskError(f"{', '.join(names)} belong to the graph: pass them to build_graph, not beside graph=")
+    if is_causal and not graph.causal:
+        raise GraphError("is_causal=True, but the graph was built without it; pass is_causal=True to build_graph")
+
+
+class SparseAttention(nn.Module):
+    """Multi-head attention over a neighbor graph: O(N·K) instead of O(N²).
+
+    Self-attention uses every source of the mix; cross-attention (``key_value``) leaves out those that compare
+    positions (self, window) and is never causal.
+
+    Args:
+        config: sizes, source mix, budget.
+        registry: where source names are looked up; the default registry if left out.
+
+    The parameters are called ``Wq``, ``Wk``, ``Wv`` and ``Wo`` as in the original project; the buffers of the
+    sources live under ``router.sources``.
+    """
+
+    def __init__(self, config: SSAConfig, registry: SourceRegistry | None = None) -> None:
+        super().__init__()
+        config.validate()
+        check_backend(config.backend)
+        self.config = config
+        width, kv_width = config.num_heads * config.head_dim, config.kv_heads * config.head_dim
+        self.Wq = nn.Linear(config.d_model, width, bias=False)
+        self.Wk = nn.Linear(config.d_model, kv_width, bias=False)
+        self.Wv = nn.Linear(config.d_model, kv_width, bias=False)
+        self.Wo = nn.Linear(width, config.d_model, bias=False)
+        self.router = Router(config, registry=registry)
+
+    def project(
+        self, x: Tensor, key_value: Tensor | None = None, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of an input.
+
+        Args:
+            x: ``[B, N, d_model]``. key_value: ``[B, M, d_model]`` for cross-attention.
+            positions: integer ``[N]`` or ``[B, N]`` for the rotary embedding; ``arange(N)`` if left out.
+
+        Returns: ``q [B, H, N, D]``, ``k, v [B, Hkv, M, D]``, rotated if the configuration says so.
+        """
+        context = x if key_value is None else key_value
+        q = self.Wq(x).unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
+        k = self.Wk(context).unflatten(-1, (self.config.kv_heads, -1)).transpose(1, 2)
+        v = self.Wv(context).unflatten(-1, (self.config.kv_heads, -1)).transpose(1, 2)
+        if self.config.rope_base is not None and key_value is None:
+            if positions is None:
+                positions = torch.arange(x.shape[1], device=x.device)
+            q, k = rotate(q, positions, self.config.rope_base), rotate(k, positions, self.config.rope_base)
+        return q, k, v
+
+    def build_graph(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        cross: bool = False,
+        attention_mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+        mask_mod: MaskMod | None = None,
+        source_inputs: Mapping[str, Any] | None = None,
+    ) -> NeighborGraph:
+        """The graph of projected queries ``[B, H, N, D]`` and keys ``[B, Hkv, M, D]``; see `build_graph`.
+
+        A two-dimensional ``attention_mask`` is ``[B, M]`` or ``[N, M]``; where B = N it must have four dimensions.
+        """
+        check_tensors(q, k, k)
+        mask = make_edge_mask(
+            batch=q.shape[0],
+            heads=q.shape[1],
+            queries=q.shape[2],
+            keys=k.shape[2],
+            device=q.device,
+            causal=self.config.causal and not cross,
+            attn_mask=attention_mask,
+            key_padding_mask=key_padding_mask,
+            segment_ids=segment_ids,
+            mask_mod=mask_mod,
+            two_dims="unambiguous",
+        )
+        graph: NeighborGraph = self.router(q, k, mask, cross=cross, source_inputs=source_inputs)
+        return graph
+
+    def apply_graph(self, q: Tensor, k: Tensor, v: Tensor, graph: NeighborGraph) -> Tensor:
+        """Attention of projected q, k, v over a graph that exists: ``[B, H, N, D]``."""
+        out, _ = neighbor_attention(
+            q,
+            k,
+            v,
+            graph,
+            dropout_p=self.config.dropout if self.training else 0.0,
+            fp32_weights=self.config.fp32_attn_weights,
+            backend=self.config.backend,
+            dense=self.config.dense_below != 0,
+        )
+        return out
+
+    def forward(
+        self,
+        x: Tensor,
+        key_value: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        return_stats: bool = False,
+        *,
+        graph: NeighborGraph | None = None,
+        **graph_options: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Attend.
+
+        Args:
+            x: ``[B, N, d_model]``. key_value: ``[B, M, d_model]`` for cross-attention.
+            attention_mask: bool (True = attend) or additive, ``[B, M]``, ``[N, M]`` or ``[B, 1 or H, N, M]``.
+            return_stats: fill the second result (see `graph_stats`).
+            graph: apply this graph instead of routing.
+            graph_options: ``key_padding_mask``, ``segment_ids``, ``mask_mod``, ``source_inputs``; see `build_graph`.
+
+        Returns:
+            ``[B, N, d_model]`` and a dictionary, empty unless ``return_stats``.
+        """
+        self._check_input("x", x)
+        if key_value is not None:
+            self._check_input("key_value", key_value)
+            if key_value.shape[0] != x.shape[0]:
+                raise ShapeError(f"batch sizes differ: x {x.shape[0]}, key_value {key_value.shape[0]}")
+        q, k, v = self.project(x, key_value)
+        if graph is None:
+            graph = self.build_graph(q, k, cross=key_value is not None, attention_mask=attention_mask, **graph_options)
+        else:
+            check_given_graph(graph, attention_mask, False, graph_options)
+            check_graph(q, k, graph)
+        out = self.Wo(self.apply_graph(q, k, v, graph).transpose(1, 2).flatten(2))
+        return out, graph_stats(graph, self.config.head_dim) if return_stats else {}
+
+    def _check_input(self, name: str, x: Tensor) -> None:
+        if x.dim() != 3 or x.shape[-1] != self.config.d_model:
+            raise ShapeError(f"{name} must have shape [batch, length, {self.config.d_model}], got {list(x.shape)}")
+
+    def extra_repr(self) -> str:
+        return f"d_model={self.config.d_model}, num_heads={self.config.num_heads}, causal={self.config.causal}"
+
+
+def graph_stats(graph: NeighborGraph, head_dim: int) -> dict[str, Any]:
+    """What ``return_stats`` reports.
+
+    ``neighbors_shape`` ``(B, H, N, slots)``; ``peak_sparse_elems`` and ``peak_full_elems``, the elements that a
+    gather of all slots and of all keys would take, and their ratio ``compression``; ``padding_fraction``, the share
+    of slots without a neighbor; ``slots`` and ``keys_scored``, per source, means per query.
+    """
+    per_query = graph.batch * graph.num_heads * graph.num_queries * head_dim
+    slots = graph.slots
+    return {
+        "neighbors_shape": (graph.batch, graph.num_heads, graph.num_queries, slots),
+        "peak_sparse_elems": per_query * slots,
+        "peak_full_elems": per_query * graph.num_keys,
+        "compression": graph.num_keys / slots if slots else float("inf"),
+        "padding_fraction": graph.padding_fraction,
+        "slots": graph.slots_by_source(),
+        "keys_scored": graph.keys_scored(),
+    }

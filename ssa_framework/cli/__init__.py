@@ -1,0 +1,1 @@
+"""The ``ssa`` command."""

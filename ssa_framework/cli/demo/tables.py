@@ -1,0 +1,123 @@
+"""The tables of the demo as text, the same for the terminal and for the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ssa_framework.cli.demo.bench import LengthResult
+from ssa_framework.cli.demo.settings import Settings
+from ssa_framework.cli.demo.train import Run
+
+_NONE = "–"
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table of formatted cells; the first columns are names, the others numbers."""
+
+    title: str
+    note: str
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def training_table(runs: Sequence[Run], settings: Settings) -> TextTable:
+    return TextTable(
+        title=f"Training: the same {settings.steps} batches for both",
+        note="Loss on validation text that neither model has seen.",
+        headers=("model", "validation loss, nats per byte", "bits per byte", "time per step"),
+        rows=tuple(
+            (
+                run.name,
+                f"{run.validation_loss:.3f}",
+                f"{run.bits_per_byte:.3f}",
+                seconds(run.seconds / max(1, len(run.train_loss))),
+            )
+            for run in runs
+        ),
+    )
+
+
+def cost_table(results: Sequence[LengthResult]) -> TextTable:
+    rows = []
+    for r in results:
+        if r.dense is None or r.sparse is None or r.graph is None or r.attention is None or r.speed is None:
+            rows.append((str(r.length), *[_NONE] * 5, "wrong result", _NONE, _NONE))
+            continue
+        rows.append(
+            (
+                str(r.length),
+                seconds(r.dense.median),
+                seconds(r.sparse.median),
+                seconds(r.graph.median),
+                seconds(r.attention.median),
+                f"{r.speed:.2f}",
+                "ok",
+                mebibytes(r.dense_bytes),
+                mebibytes(r.sparse_bytes),
+            )
+        )
+    return TextTable(
+        title="Time and peak extra memory of one attention layer, forward",
+        note="sparse = building the graph + attending over it. dense / sparse above 1: sparse is faster. check: the "
+        "sparse output equals dense attention under the graph's mask.",
+        headers=("N", "dense", "sparse", "graph", "attend", "dense / sparse", "check", "memory dense", "memory sparse"),
+        rows=tuple(rows),
+    )
+
+
+def quality_table(results: Sequence[LengthResult], settings: Settings) -> TextTable:
+    names = list(results[0].quality[0].slots) if results else []
+    rows = [
+        (
+            str(r.length),
+            str(layer),
+            percent(report.recall),
+            _NONE if report.recall_beyond is None else percent(report.recall_beyond),
+            percent(report.attention_mass),
+            f"{report.output_error:.2f}",
+            f"{sum(report.keys_scored.values()):.0f}",
+            percent(report.share_scored),
+            f"{report.lift:.1f}",
+            " ".join(f"{report.slots[name]:.1f}" for name in names),
+        )
+        for r in results
+        for layer, report in enumerate(r.quality, start=1)
+    ]
+    return TextTable(
+        title="What the graph keeps of dense attention",
+        note=f"recall: share of the {settings.recall_at} keys with the largest weight that are neighbors; beyond: of "
+        f"those outside window and global tokens. mass: dense softmax weight on neighbors. error: "
+        f"‖o_sparse − o_dense‖ / ‖o_dense‖. keys scored: q·k computed per query, and their share of all keys before "
+        f"it. lift: recall / recall of as many keys picked at random. slots: neighbors per query, by source.",
+        headers=(
+            "N",
+            "layer",
+            f"recall@{settings.recall_at}",
+            "beyond",
+            "mass",
+            "error",
+            "keys scored",
+            "of all",
+            "lift",
+            "slots: " + " ".join(names),
+        ),
+        rows=tuple(rows),
+    )
+
+
+def seconds(value: float) -> str:
+    if value < 1e-3:
+        return f"{value * 1e6:.0f} µs"
+    if value < 1:
+        return f"{value * 1e3:.1f} ms" if value < 0.1 else f"{value * 1e3:.0f} ms"
+    return f"{value:.2f} s"
+
+
+def mebibytes(count: int | None) -> str:
+    return _NONE if count is None else f"{count / 2**20:.1f} MiB"
+
+
+def percent(share: float) -> str:
+    return f"{share * 100:.1f} %" if share < 0.0995 else f"{share * 100:.0f} %"

@@ -1,0 +1,194 @@
+"""`neighbor_attention`: validate, choose an implementation, take the graph apart."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ssa_framework.errors import BackendUnavailableError, ConfigError, DtypeError, GraphError, ShapeError
+from ssa_framework.ops.neighbor_attention import reference
+from ssa_framework.ops.neighbor_attention.dense import dense_attention
+from ssa_framework.ops.neighbor_attention.op import IMPLEMENTATIONS, neighbor_attention_op
+from ssa_framework.ops.neighbor_attention.parts import GraphParts
+
+if TYPE_CHECKING:
+    from ssa_framework.graph import NeighborGraph
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names that ``backend`` accepts."""
+    return ("auto", "reference", *sorted(IMPLEMENTATIONS))
+
+
+def check_backend(backend: str) -> None:
+    """Raises `BackendUnavailableError` for a name that is no backend, and lists those that are."""
+    if backend not in available_backends():
+        raise BackendUnavailableError(f"backend {backend!r} is not available; available: {available_backends()}")
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Ranks, heads, lengths, dtypes and devices of ``q [B, H, N, D]``, ``k [B, Hkv, M, D]``, ``v [B, Hkv, M, Dv]``.
+
+    Raises:
+        ShapeError, DtypeError: with what was expected and what came.
+    """
+    for name, x in (("query", q), ("key", k), ("value", v)):
+        if not isinstance(x, Tensor):
+            raise DtypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dim() != 4:
+            raise ShapeError(f"{name} must have shape [batch, heads, length, head_dim], got {list(x.shape)}")
+        if x.dtype not in _DTYPES:
+            raise DtypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise DtypeError(f"query, key and value must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ShapeError(f"query, key and value must be on one device, got {q.device}, {k.device}, {v.device}")
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise ShapeError(f"batch sizes differ: query {q.shape[0]}, key {k.shape[0]}, value {v.shape[0]}")
+    if k.shape[1:3] != v.shape[1:3]:
+        raise ShapeError(f"key and value must agree in heads and length, got {list(k.shape)} and {list(v.shape)}")
+    if q.shape[3] != k.shape[3]:
+        raise ShapeError(f"query and key must agree in head_dim, got {q.shape[3]} and {k.shape[3]}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1] or q.shape[1] == 0:
+        raise ShapeError(f"query heads ({q.shape[1]}) must be a multiple of key/value heads ({k.shape[1]})")
+
+
+def check_graph(q: Tensor, k: Tensor, graph: NeighborGraph) -> None:
+    """Raises `GraphError` where ``graph`` was built for other shapes or lies on another device."""
+    wanted = {"batch": q.shape[0], "num_heads": q.shape[1], "num_queries": q.shape[2], "num_keys": k.shape[2]}
+    wrong = [
+        f"{name} = {getattr(graph, name)}, tensors have {n}" for name, n in wanted.items() if getattr(graph, name) != n
+    ]
+    if graph.graph_heads not in (q.shape[1], k.shape[1]):
+        wrong.append(f"graph_heads = {graph.graph_heads}, tensors have H = {q.shape[1]}, Hkv = {k.shape[1]}")
+    if graph.device != q.device:
+        wrong.append(f"it is on {graph.device}, the tensors on {q.device}")
+    if wrong:
+        raise GraphError("the graph does not fit the tensors: " + "; ".join(wrong))
+
+
+def neighbor_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    graph: NeighborGraph,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    fp32_weights: bool = False,
+    backend: str = "auto",
+    dense: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax attention of each query over its neighbors.
+
+    Args:
+        q: ``[B, H, N, D]``. k: ``[B, Hkv, M, D]``. v: ``[B, Hkv, M, Dv]``; float16, bfloat16, float32 or float64.
+        graph: the neighbors.
+        scale: of the scores; ``1 / sqrt(D)`` if left out.
+        dropout_p: probability of dropping an attention weight; the caller passes 0 outside training.
+        fp32_weights: keep the weights of half-precision inputs in float32 up to the product with the values.
+        backend: ``"auto"`` or one of `available_backends`.
+        dense: a full graph may be computed by torch's dense attention, which returns no ``lse``.
+
+    Returns:
+        ``out [B, H, N, Dv]`` in the dtype of ``q`` and the log-sum-exp of the scores ``lse [B, H, N]`` (float32, or
+        float64 for float64); a query without neighbors gets zeros and ``-inf``. Both are differentiable.
+
+    Raises:
+        ShapeError, DtypeError, GraphError: inputs that do not fit together. BackendUnavailableError: ``backend``
+        cannot serve the call.
+    """
+    check_tensors(q, k, v)
+    check_graph(q, k, graph)
+    check_backend(backend)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ConfigError(f"dropout_p must lie in [0, 1), got {dropout_p}")
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    k, v = _without_padding(k, v, graph)
+    if dense and backend == "auto" and graph.is_full and q.numel() and k.numel():
+        return dense_attention(q, k, v, graph, scale=scale, dropout_p=dropout_p), None
+    if backend == "reference":
+        elements = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+        if elements > reference.MAX_ELEMENTS:
+            raise BackendUnavailableError(
+                f"backend 'reference' stores all {elements} scores and serves at most {reference.MAX_ELEMENTS}; "
+                f"use backend='torch'"
+            )
+    seed = int(torch.randint(2**62, ())) if dropout_p > 0.0 else 0
+    outs, sums = [], []
+    for rows, parts in _parts_in_rows(graph):
+        q_rows = q[:, :, rows]
+        if backend == "reference":
+            out, lse = reference.forward(
+                q_rows, k, v, parts, scale=scale, dropout_p=dropout_p, fp32_weights=fp32_weights
+            )
+        else:
+            name = "torch" if backend == "auto" else backend
+            out, lse = neighbor_attention_op(
+                q_rows,
+                k,
+                v,
+                parts.neighbors,
+                parts.bias,
+                parts.columns,
+                parts.key_keep,
+                parts.query_segments,
+                parts.key_segments,
+                [parts.band_before, parts.band_after],
+                parts.query_offset,
+                parts.causal,
+                scale,
+                float(dropout_p),
+                seed + rows.start,
+                fp32_weights,
+                name,
+            )
+        outs.append(out)
+        sums.append(lse)
+    if len(outs) == 1:
+        return outs[0], sums[0]
+    return torch.cat(outs, dim=2), torch.cat(sums, dim=2)
+
+
+def _without_padding(k: Tensor, v: Tensor, graph: NeighborGraph) -> tuple[Tensor, Tensor]:
+    """Padded keys and values as zeros: they get no weight, and zero times a NaN in the padding would still be NaN."""
+    keep = graph.mask.key_keep
+    if keep is None:
+        return k, v
+    padding = ~keep[:, None, :, None]
+    return k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)
+
+
+def _parts_in_rows(graph: NeighborGraph) -> list[tuple[slice, GraphParts]]:
+    """The graph taken apart; in one piece, unless single edges have to be looked up in masks and are many."""
+    mask = graph.mask
+    everything = slice(0, graph.num_queries)
+    if not mask.has_explicit and mask.offset is not None:
+        band = graph.band
+        parts = GraphParts(
+            band_before=band.before if band is not None else -1,
+            band_after=band.after if band is not None else -1,
+            query_offset=mask.offset,
+            causal=mask.causal,
+            columns=graph.columns,
+            neighbors=graph.neighbors,
+            key_keep=mask.key_keep,
+            query_segments=mask.query_segments,
+            key_segments=mask.key_segments,
+        )
+        return [(everything, parts)]
+    # Masks that only an edge-by-edge look-up can answer, or irregular positions: every edge goes into the list.
+    if graph.num_queries == 0:
+        return [(everything, GraphParts())]
+    pieces = []
+    for rows, piece in graph.row_chunks(elements_per_edge=graph.num_heads // graph.graph_heads if mask.per_head else 1):
+        keys = piece.edge_keys()
+        bias = None
+        if mask.is_additive or (mask.per_head and graph.graph_heads != graph.num_heads):
+            bias = piece.mask.explicit_bias(keys.clamp(min=0), graph.num_heads)
+        pieces.append((rows, GraphParts(neighbors=keys, bias=bias)))
+    return pieces

@@ -1,0 +1,123 @@
+"""The op as torch sees it: `torch.ops.ssa_framework.neighbor_attention`, with a fake and an autograd rule.
+
+Its arguments are plain tensors and numbers, so that it can be compiled and exported; `api` turns a graph into them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssa_framework.ops.neighbor_attention import torch_gather
+from ssa_framework.ops.neighbor_attention.parts import GraphParts
+
+IMPLEMENTATIONS = {"torch": torch_gather}
+"""Implementations that come as a forward and a recomputing backward function."""
+
+
+@torch.library.custom_op("ssa_framework::neighbor_attention", mutates_args=())
+def neighbor_attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    neighbors: Tensor | None,
+    bias: Tensor | None,
+    columns: Tensor | None,
+    key_keep: Tensor | None,
+    query_segments: Tensor | None,
+    key_segments: Tensor | None,
+    band: list[int],
+    query_offset: int,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: int,
+    fp32_weights: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    parts = GraphParts(
+        band[0], band[1], query_offset, causal, columns, neighbors, bias, key_keep, query_segments, key_segments
+    )
+    return IMPLEMENTATIONS[backend].forward(
+        q, k, v, parts, scale=scale, dropout_p=dropout_p, seed=seed, fp32_weights=fp32_weights
+    )
+
+
+@torch.library.custom_op("ssa_framework::neighbor_attention_backward", mutates_args=())
+def neighbor_attention_backward_op(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    neighbors: Tensor | None,
+    bias: Tensor | None,
+    columns: Tensor | None,
+    key_keep: Tensor | None,
+    query_segments: Tensor | None,
+    key_segments: Tensor | None,
+    band: list[int],
+    query_offset: int,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    parts = GraphParts(
+        band[0], band[1], query_offset, causal, columns, neighbors, bias, key_keep, query_segments, key_segments
+    )
+    return IMPLEMENTATIONS[backend].backward(
+        grad_out, grad_lse, q, k, v, out, lse, parts, scale=scale, dropout_p=dropout_p, seed=seed
+    )
+
+
+def _compute_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+@neighbor_attention_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    return out, q.new_empty(q.shape[:-1], dtype=_compute_dtype(q))
+
+
+@neighbor_attention_backward_op.register_fake
+def _(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    neighbors: Tensor | None,
+    bias: Tensor | None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_bias = q.new_empty(() if bias is None else bias.shape, dtype=_compute_dtype(q))
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_bias
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, neighbors, bias, columns, key_keep, query_segments, key_segments = inputs[:9]
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, neighbors, bias, columns, key_keep, query_segments, key_segments)
+    ctx.options = (*inputs[9:15], inputs[16])  # all but fp32_weights: the backward always computes in float32
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+    q, k, v, out, lse, neighbors, bias, *rest = ctx.saved_tensors
+    grad_q, grad_k, grad_v, grad_bias = neighbor_attention_backward_op(
+        grad_out, grad_lse, q, k, v, out, lse, neighbors, bias, *rest, *ctx.options
+    )
+    grad_bias = None if bias is None else grad_bias.to(bias.dtype)
+    return grad_q, grad_k, grad_v, None, grad_bias, *([None] * 12)
+
+
+neighbor_attention_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,74 @@
+"""`select_neighbors`: choose an implementation and run it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ssa_framework.errors import BackendUnavailableError, BudgetError
+from ssa_framework.ops.select_neighbors import reference, torch_gather
+from ssa_framework.ops.select_neighbors.types import Eligible, Proposed, Selection
+from ssa_framework.proposals import Candidates
+
+__all__ = ["Eligible", "Proposed", "Selection", "select_neighbors"]
+
+
+@torch.no_grad()
+def select_neighbors(
+    q: Tensor,
+    k: Tensor,
+    proposed: Sequence[Proposed],
+    eligible: Eligible,
+    budget: int,
+    backend: str = "auto",
+) -> Selection:
+    """Choose the listed neighbors of every query.
+
+    Of the eligible keys that the sources propose, each once: everything that is attended whole, then what is
+    guaranteed, then those with the highest exact ``q·k``, until ``budget`` slots are full (keys attended whole do
+    not count). Ties go to the earlier key. The result depends on the sets of proposed keys alone, not on their
+    order or repetition.
+
+    Args:
+        q: routing queries ``[B, G, N, D]``. k: keys ``[B, Hkv, M, D]``, G a multiple of Hkv.
+        proposed: validated proposals (`Candidates`, `Ranges`), in the order of the sources.
+        eligible: which keys may be listed.
+        budget: slots per query, at least 1.
+        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+
+    Raises:
+        BudgetError: guaranteed candidates do not fit. BackendUnavailableError: too large for ``reference``.
+    """
+    if not proposed or k.shape[2] == 0 or q.shape[2] == 0 or q.shape[0] == 0:
+        zero = torch.zeros((), dtype=torch.int64, device=q.device)
+        return Selection(None, {p.source: zero for p in proposed}, {p.source: zero for p in proposed})
+    _check_guaranteed(proposed, budget)
+    if backend == "reference":
+        elements = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+        if elements > reference.MAX_ELEMENTS:
+            raise BackendUnavailableError(
+                f"backend 'reference' scores all {elements} pairs one by one and serves at most "
+                f"{reference.MAX_ELEMENTS}; use backend='torch'"
+            )
+        return reference.select(q, k, proposed, eligible, budget)
+    return torch_gather.select(q, k, proposed, eligible, budget)
+
+
+def _check_guaranteed(proposed: Sequence[Proposed], budget: int) -> None:
+    guaranteed = [p for p in proposed if isinstance(p.proposal, Candidates) and p.proposal.guaranteed]
+    widths = {p.source: p.proposal.indices.shape[-1] for p in guaranteed if isinstance(p.proposal, Candidates)}
+    if sum(widths.values()) <= budget:
+        return
+    most = {
+        p.source: int((p.proposal.indices >= 0).sum(-1).max())
+        for p in guaranteed
+        if isinstance(p.proposal, Candidates) and p.proposal.indices.numel()
+    }
+    if sum(most.values()) > budget:
+        asked = ", ".join(f"{name} up to {count}" for name, count in most.items())
+        raise BudgetError(
+            f"guaranteed neighbors do not fit: {asked} per query, the budget leaves {budget} slots beside band and "
+            f"columns; raise num_neighbors by at least {sum(most.values()) - budget}"
+        )

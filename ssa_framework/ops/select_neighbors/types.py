@@ -1,0 +1,56 @@
+"""What goes into the op and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from ssa_framework.masks import EdgeMask
+from ssa_framework.proposals import Band, Candidates, Ranges
+
+
+@dataclass(frozen=True)
+class Proposed:
+    """The listed proposal of one source."""
+
+    source: str
+    proposal: Candidates | Ranges
+
+    @property
+    def is_forced(self) -> bool:
+        """Attended whole, beside the budget."""
+        return isinstance(self.proposal, Ranges) and self.proposal.attend == "all"
+
+    @property
+    def is_guaranteed(self) -> bool:
+        """Kept before anything that competes by score."""
+        return self.is_forced or (isinstance(self.proposal, Candidates) and self.proposal.guaranteed)
+
+
+@dataclass(frozen=True)
+class Eligible:
+    """Which keys may be listed: those that the mask allows and that no band and no column covers."""
+
+    mask: EdgeMask
+    num_heads: int
+    num_keys: int
+    band: Band | None
+    columns: Tensor | None
+
+    def rows(self, rows: slice) -> Eligible:
+        return replace(self, mask=self.mask.rows(rows))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Attributes:
+    neighbors: int32 ``[B, G, N, K]``, ascending, ``-1`` at the end; ``None`` where nothing was proposed.
+    listed, keys_scored: per source, how many slots it filled and how many distinct query-key pairs were scored
+        for it, summed over batch, graph heads and queries (0-dim int64).
+    """
+
+    neighbors: Tensor | None
+    listed: Mapping[str, Tensor]
+    keys_scored: Mapping[str, Tensor]

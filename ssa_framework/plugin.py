@@ -1,0 +1,25 @@
+"""What plugin authors import. Everything here is public and stable; nothing else is needed to write a source."""
+
+from ssa_framework.errors import BudgetError, ConfigError, MissingExtraError, SSAError
+from ssa_framework.hookspecs import ENTRY_POINT_GROUP, hookimpl
+from ssa_framework.proposals import Band, Candidates, Columns, Proposal, Ranges
+from ssa_framework.registry import Registrar
+from ssa_framework.source import LayerSpec, NeighborSource, RoutingContext
+
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "Band",
+    "BudgetError",
+    "Candidates",
+    "Columns",
+    "ConfigError",
+    "LayerSpec",
+    "MissingExtraError",
+    "NeighborSource",
+    "Proposal",
+    "Ranges",
+    "Registrar",
+    "RoutingContext",
+    "SSAError",
+    "hookimpl",
+]

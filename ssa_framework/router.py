@@ -1,0 +1,243 @@
+"""`Router`: asks the sources, and makes one neighbor graph of what they propose."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssa_framework.config import SSAConfig
+from ssa_framework.errors import BudgetWarning, ConfigError, ProposalError
+from ssa_framework.graph import NeighborGraph, SourceRecord
+from ssa_framework.masks import EdgeMask
+from ssa_framework.ops.select_neighbors import Proposed, select_neighbors
+from ssa_framework.ops.select_neighbors.api import Eligible
+from ssa_framework.proposals import Band, Candidates, Columns, Proposal, Ranges, validate_proposal
+from ssa_framework.registry import SourceRegistry, default_registry
+from ssa_framework.source import LayerSpec, NeighborSource, RoutingContext, create_source
+
+MIN_CONTENT_SLOTS = 8
+"""Slots that content sources keep where band and columns alone take the whole budget, as in the original project."""
+
+
+class Router(nn.Module):
+    """The sources of one layer, resolved once, and the rules that merge their proposals.
+
+    Bands and columns are united. Listed keys that are forbidden by a mask or already covered are dropped, each key
+    is kept once, and what remains of the budget goes to the candidates of all sources together with the highest
+    exact ``q·k``. Neighbors of the band and the columns are never dropped for content.
+
+    Args:
+        config: the source mix, the budget and the heads.
+        layer: what the sources may know; made from ``config`` if left out.
+        registry: where source names are looked up; the default registry if left out.
+    """
+
+    def __init__(
+        self, config: SSAConfig, layer: LayerSpec | None = None, registry: SourceRegistry | None = None
+    ) -> None:
+        super().__init__()
+        self.layer = layer_spec(config) if layer is None else layer
+        self.registry = default_registry() if registry is None else registry
+        self.dense_below = config.dense_below
+        self.backend = config.backend if config.backend == "reference" else "auto"
+        mix = config.source_mix
+        classes = {name: self.registry.get(name) for name in mix}
+        self.sources = nn.ModuleDict(
+            {name: create_source(name, classes[name], self.layer, options) for name, options in mix.items()}
+        )
+
+    def extra_repr(self) -> str:
+        return f"num_neighbors={self.layer.num_neighbors}, graph_heads={self.layer.graph_heads}"
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        mask: EdgeMask,
+        *,
+        cross: bool = False,
+        source_inputs: Mapping[str, Any] | None = None,
+    ) -> NeighborGraph:
+        """Build the graph.
+
+        Args:
+            q: ``[B, H, N, D]``. k: ``[B, Hkv, M, D]``.
+            mask: what is allowed.
+            cross: queries and keys are different sequences; sources that compare positions sit out.
+            source_inputs: per source name, what the caller wants to tell it with this call.
+
+        Raises:
+            ConfigError: no source is left, or inputs for a source that is not in the mix. ProposalError: a source
+            returned something invalid. BudgetError: guaranteed neighbors do not fit. BudgetWarning (a warning): band
+            and columns alone exceed the budget.
+        """
+        inputs = dict(source_inputs or {})
+        unknown = set(inputs) - set(self.sources)
+        if unknown:
+            raise ConfigError(
+                f"source_inputs name {', '.join(sorted(unknown))}; the sources of this layer: {', '.join(self.sources)}"
+            )
+        active = {name: source for name, source in self.sources.items() if not (cross and source.needs_positions)}
+        if not active:
+            raise ConfigError(
+                f"none of the sources {', '.join(self.sources)} works across two sequences (they compare positions); "
+                f"add one that does, such as 'global', 'lsh' or 'topk'"
+            )
+        if k.shape[2] and (self.dense_below or 0) > k.shape[2]:
+            graph = self._full_graph(q, k, mask, {}, credit="dense")
+        else:
+            graph = self._build(q, k, mask, active, inputs)
+        self.registry.graph_built(graph, self.layer)
+        return graph
+
+    def _build(
+        self, q: Tensor, k: Tensor, mask: EdgeMask, active: Mapping[str, nn.Module], inputs: Mapping[str, Any]
+    ) -> NeighborGraph:
+        keys = k.shape[2]
+        routing_q = self._routing_queries(q)
+        proposals = self._collect(routing_q, k, mask, active, inputs)
+        records: dict[str, SourceRecord] = {}
+        for name, proposal in proposals.items():
+            band = _clip(proposal, mask.causal) if isinstance(proposal, Band) else None
+            columns = proposal.positions.unique() if isinstance(proposal, Columns) else None
+            records[name] = SourceRecord(band=band, columns=columns)
+        band = _unite([r.band for r in records.values() if r.band is not None])
+        fixed_columns = [r.columns for r in records.values() if r.columns is not None]
+        columns = torch.cat(fixed_columns).unique().to(torch.int32) if fixed_columns else None
+        listed = [Proposed(n, p) for n, p in proposals.items() if isinstance(p, (Candidates, Ranges))]
+        budget = self.layer.num_neighbors - _width(band, columns, keys)
+        everything = self._proposer_of_everything(listed, keys)
+        if everything is not None and self.dense_below != 0:
+            return self._full_graph(q, k, mask, records, credit=everything)
+        if listed and budget < 1:
+            budget = MIN_CONTENT_SLOTS
+            warnings.warn(
+                f"band and columns take {_width(band, columns, keys)} of num_neighbors = {self.layer.num_neighbors}; "
+                f"{', '.join(p.source for p in listed)} share {budget} slots beside them",
+                BudgetWarning,
+                stacklevel=2,
+            )
+        eligible = Eligible(mask, self.layer.num_heads, keys, band, columns)
+        selection = select_neighbors(routing_q, k.detach(), listed, eligible, max(1, budget), backend=self.backend)
+        for p in listed:
+            scored = selection.keys_scored[p.source]
+            if isinstance(p.proposal, Candidates) and p.proposal.keys_scored is not None:
+                scored = torch.maximum(scored, torch.as_tensor(p.proposal.keys_scored, device=scored.device))
+            records[p.source] = SourceRecord(listed=selection.listed[p.source], keys_scored=scored)
+        return NeighborGraph(
+            batch=q.shape[0],
+            num_heads=q.shape[1],
+            graph_heads=self.layer.graph_heads,
+            num_keys=keys,
+            mask=mask,
+            band=band,
+            columns=columns,
+            neighbors=selection.neighbors,
+            sources=records,
+        )
+
+    def _routing_queries(self, q: Tensor) -> Tensor:
+        """``[B, H, N, D]`` → ``[B, G, N, D]``: a group that shares a graph is routed by its mean query, since the
+        mean of its heads' scores is the score of their mean."""
+        q = q.detach()
+        if self.layer.graph_heads == q.shape[1]:
+            return q
+        grouped = q.unflatten(1, (self.layer.graph_heads, -1))
+        return grouped.mean(dim=2, dtype=q.dtype if q.dtype == torch.float64 else torch.float32).to(q.dtype)
+
+    def _collect(
+        self, q: Tensor, k: Tensor, mask: EdgeMask, active: Mapping[str, nn.Module], inputs: Mapping[str, Any]
+    ) -> dict[str, Proposal]:
+        proposals: dict[str, Proposal] = {}
+        budget = self.layer.num_neighbors
+        for name, source in active.items():
+            assert isinstance(source, NeighborSource)
+            with torch.set_grad_enabled(source.learns and torch.is_grad_enabled()):
+                ctx = RoutingContext(
+                    q=q,
+                    shared_k=k if source.learns else k.detach(),
+                    mask=mask,
+                    budget=budget if budget > 0 else MIN_CONTENT_SLOTS,
+                    generator=torch.Generator(q.device).manual_seed(self.layer.seed),
+                    inputs=inputs.get(name),
+                )
+                if ctx.num_keys == 0 or ctx.num_queries == 0 or ctx.batch == 0:
+                    continue  # nothing to route; the graph is empty
+                proposal = validate_proposal(
+                    source.propose(ctx),
+                    name,
+                    batch=ctx.batch,
+                    graph_heads=ctx.graph_heads,
+                    queries=ctx.num_queries,
+                    keys=ctx.num_keys,
+                    device=ctx.device,
+                )
+            if isinstance(proposal, Band) and not source.needs_positions:
+                raise ProposalError(
+                    f"source {name!r} returned a Band, which compares positions; set needs_positions = True on "
+                    f"{type(source).__name__}"
+                )
+            if isinstance(proposal, Band):
+                budget -= min(_clip(proposal, mask.causal).width, ctx.num_keys)
+            elif isinstance(proposal, Columns):
+                budget -= proposal.positions.numel()
+            elif isinstance(proposal, Candidates) and proposal.guaranteed:
+                budget -= proposal.indices.shape[-1]
+            proposals[name] = proposal
+        return proposals
+
+    def _proposer_of_everything(self, listed: list[Proposed], keys: int) -> str | None:
+        """The source that proposes every key, where they all fit: the graph then holds every allowed key."""
+        for p in listed:
+            fits = p.is_forced or self.layer.num_neighbors >= keys
+            if fits and isinstance(p.proposal, Ranges) and p.proposal.is_everything:
+                return p.source
+        return None
+
+    def _full_graph(
+        self, q: Tensor, k: Tensor, mask: EdgeMask, records: Mapping[str, SourceRecord], credit: str
+    ) -> NeighborGraph:
+        """Every allowed key, as one band."""
+        keys = k.shape[2]
+        reach = max(keys, int(mask.positions.max()) + 1) if mask.positions.numel() else keys
+        band = Band(before=reach, after=0 if mask.causal else reach)
+        return NeighborGraph(
+            batch=q.shape[0],
+            num_heads=q.shape[1],
+            graph_heads=self.layer.graph_heads,
+            num_keys=keys,
+            mask=mask,
+            band=band,
+            sources={**records, credit: SourceRecord(band=band)},
+        )
+
+
+def layer_spec(config: SSAConfig) -> LayerSpec:
+    """What the sources of a layer with this configuration may know of it."""
+    return LayerSpec(
+        head_dim=config.head_dim,
+        num_heads=config.num_heads,
+        num_kv_heads=config.kv_heads,
+        graph_heads=config.num_heads if config.graph_heads == "query" else config.kv_heads,
+        num_neighbors=config.num_neighbors,
+        causal=config.causal,
+        seed=config.seed,
+    )
+
+
+def _clip(band: Band, causal: bool) -> Band:
+    return Band(band.before, 0) if causal else band
+
+
+def _unite(bands: list[Band]) -> Band | None:
+    if not bands:
+        return None
+    return Band(max(b.before for b in bands), max(b.after for b in bands))
+
+
+def _width(band: Band | None, columns: Tensor | None, keys: int) -> int:
+    return (min(band.width, keys) if band is not None else 0) + (columns.numel() if columns is not None else 0)

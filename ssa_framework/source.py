@@ -1,0 +1,211 @@
+"""`NeighborSource`, the base class of every plugin, and what it is told: `LayerSpec` and `RoutingContext`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ssa_framework.errors import ConfigError, UnknownOptionError
+from ssa_framework.masks import EdgeMask
+from ssa_framework.proposals import Proposal
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What a source may know of the layer it serves, at construction.
+
+    Attributes:
+        head_dim: D. num_heads: H, query heads. num_kv_heads: Hkv. graph_heads: G, H or Hkv.
+        num_neighbors: K, the budget of all sources together.
+        causal: whether the layer is causal by default.
+        seed: of everything random in the source.
+    """
+
+    head_dim: int
+    num_heads: int
+    num_kv_heads: int
+    graph_heads: int
+    num_neighbors: int
+    causal: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class RoutingContext:
+    """What a source sees of one call. All tensors are detached unless the source sets ``learns``.
+
+    Attributes:
+        q: routing queries ``[B, G, N, D]``: the query of each graph head; where a graph is shared by a KV group, the
+            mean of the group's queries.
+        shared_k: keys ``[B, Hkv, M, D]``, one row per KV head.
+        mask: which edges are allowed. A source need not look at it; the router does.
+        budget: neighbor slots left by the sources named before this one, at least 1.
+        inputs: what the caller passed for this source with this call (``source_inputs``), or ``None``.
+        generator: seeded by the layer, the same for every call.
+    """
+
+    q: Tensor
+    shared_k: Tensor
+    mask: EdgeMask
+    budget: int
+    generator: torch.Generator
+    inputs: Any = None
+
+    @property
+    def batch(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def graph_heads(self) -> int:
+        return self.q.shape[1]
+
+    @property
+    def num_queries(self) -> int:
+        return self.q.shape[2]
+
+    @property
+    def num_keys(self) -> int:
+        return self.shared_k.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.q.device
+
+    @cached_property
+    def k(self) -> Tensor:
+        """Keys per graph head ``[B, G, M, D]``: ``shared_k``, repeated over each KV group if G = H."""
+        return self.per_graph_head(self.shared_k)
+
+    def per_graph_head(self, x: Tensor) -> Tensor:
+        """``[B, Hkv, ...]`` → ``[B, G, ...]``."""
+        repeats = self.graph_heads // self.shared_k.shape[1]
+        return x if repeats == 1 else x.repeat_interleave(repeats, dim=1)
+
+    @property
+    def causal(self) -> bool:
+        return self.mask.causal
+
+    @property
+    def positions(self) -> Tensor:
+        """Position of every query on the axis of the keys, int32 ``[B or 1, N]``."""
+        return self.mask.positions
+
+    @property
+    def key_keep(self) -> Tensor | None:
+        """bool ``[B or 1, M]``, True = a real key; ``None`` = no padding."""
+        return self.mask.key_keep
+
+    @property
+    def segments(self) -> tuple[Tensor, Tensor] | None:
+        """Document of every query ``[B or 1, N]`` and key ``[B or 1, M]``; ``None`` = one document."""
+        if self.mask.query_segments is None or self.mask.key_segments is None:
+            return None
+        return self.mask.query_segments, self.mask.key_segments
+
+    @cached_property
+    def span(self) -> tuple[Tensor, Tensor]:
+        """First and last key position that each query may attend, by document, padding and causality.
+
+        Returns: two int32 ``[B or 1, N]``; last < first where a query may attend nothing. Inside the span single
+        keys may still be masked.
+        """
+        first, last = self.document_bounds
+        if self.causal:
+            last = torch.minimum(last, self.positions)
+        first, last = torch.broadcast_tensors(first, last)
+        return first, last
+
+    @cached_property
+    def document_bounds(self) -> tuple[Tensor, Tensor]:
+        """First and last real key position of each query's document, int32 ``[B or 1, N]``."""
+        keys = torch.arange(self.num_keys, dtype=torch.int32, device=self.device)[None]
+        if self.key_keep is not None:
+            low = torch.where(self.key_keep, keys, self.num_keys)
+            high = torch.where(self.key_keep, keys, -1)
+        else:
+            low = high = keys
+        if self.segments is None:
+            shape = (low.shape[0], self.num_queries)
+            first = low.amin(1, keepdim=True) if self.num_keys else low.new_zeros((1, 1))
+            last = high.amax(1, keepdim=True) if self.num_keys else low.new_full((1, 1), -1)
+            return first.expand(shape), last.expand(shape)
+        query_ids, key_ids = self.segments
+        rows = max(query_ids.shape[0], key_ids.shape[0], low.shape[0])
+        query_ids, key_ids = query_ids.expand(rows, -1), key_ids.expand(rows, -1)
+        ids = torch.cat([query_ids, key_ids], dim=1)
+        _, compact = torch.unique(ids, return_inverse=True)
+        query_ids, key_ids = compact[:, : self.num_queries], compact[:, self.num_queries :]
+        slots = int(compact.max()) + 1 if compact.numel() else 1
+        first = torch.full((rows, slots), self.num_keys, dtype=torch.int32, device=self.device)
+        last = torch.full((rows, slots), -1, dtype=torch.int32, device=self.device)
+        first.scatter_reduce_(1, key_ids, low.expand(rows, -1), "amin")
+        last.scatter_reduce_(1, key_ids, high.expand(rows, -1), "amax")
+        return first.gather(1, query_ids), last.gather(1, query_ids)
+
+
+class NeighborSource(nn.Module):
+    """One way of proposing keys. Subclass it, register it, name it in ``SSAConfig.sources``.
+
+    A source without options implements `propose` and nothing else. A source with options declares them as keyword
+    arguments of ``__init__(self, layer, *, size=8)`` and calls ``super().__init__(layer)``; anything else that a
+    user writes for it is an error that lists what it declares.
+
+    A source never checks causality, masks, bounds or duplicates: the router does. Where it cannot serve a
+    configuration it raises `ConfigError`; it never returns an empty proposal in silence.
+    """
+
+    needs_positions: ClassVar[bool] = False
+    """True where queries and keys must lie on one axis (self, window); such a source sits out cross-attention."""
+
+    learns: ClassVar[bool] = False
+    """True where gradients should flow into what the source computes from q and k."""
+
+    layer: LayerSpec
+
+    def __init__(self, layer: LayerSpec, **options: Any) -> None:
+        super().__init__()
+        if options:
+            raise UnknownOptionError(_unknown_options(type(self).__name__, options, self.option_defaults()))
+        self.layer = layer
+
+    def propose(self, ctx: RoutingContext) -> Proposal:
+        """Return the keys for the queries of ``ctx`` as `Band`, `Columns`, `Candidates` or `Ranges`."""
+        raise NotImplementedError(f"{type(self).__name__} must implement propose(ctx)")
+
+    @classmethod
+    def option_defaults(cls) -> dict[str, Any]:
+        """The options of this source with their defaults; `inspect.Parameter.empty` where there is none."""
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def _unknown_options(name: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> str:
+    unknown = ", ".join(repr(option) for option in given)
+    options = ", ".join(sorted(known)) or "none"
+    return f"source {name!r} has no option {unknown}; its options: {options}"
+
+
+def create_source(
+    name: str, source_class: type[NeighborSource], layer: LayerSpec, options: Mapping[str, Any]
+) -> NeighborSource:
+    """Build one source with the options that a user wrote for it.
+
+    Raises:
+        UnknownOptionError: an option that the source does not declare. ConfigError: a required option is missing.
+    """
+    if not isinstance(options, Mapping):
+        raise ConfigError(f"options of source {name!r} must be a mapping, got {type(options).__name__}")
+    known = source_class.option_defaults()
+    unknown = {option: value for option, value in options.items() if option not in known}
+    if unknown:
+        raise UnknownOptionError(_unknown_options(name, unknown, known))
+    missing = [o for o, default in known.items() if default is inspect.Parameter.empty and o not in options]
+    if missing:
+        raise ConfigError(f"source {name!r} needs the option {', '.join(missing)}")
+    return source_class(layer, **options)
