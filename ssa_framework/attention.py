@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from ssa_framework.rotary import rotate
 from ssa_framework.router import Router
 
 _ROUTER_CACHE_SIZE = 32
-_routers: OrderedDict[tuple[str, str, int], tuple[SourceRegistry, Router]] = OrderedDict()
+_routers: OrderedDict[tuple[Any, ...] | None, Router] = OrderedDict()
 _routers_lock = threading.Lock()
 
 
@@ -34,19 +35,25 @@ def _functional_router(
         d_model=heads * query.shape[-1], num_heads=heads, num_kv_heads=kv_heads, causal=causal, rope_base=None
     )
     registry = default_registry() if registry is None else registry
-    cache_key = (repr(config), str(query.device), id(registry))
+    try:
+        classes = tuple(registry.get(name) for name in config.source_mix)
+        cache_key = (json.dumps(vars(config)), str(query.device), classes)
+    except TypeError:  # options that hold tensors (explicit edges) are not worth comparing
+        cache_key = None
     with _routers_lock:
         if cache_key in _routers:
             _routers.move_to_end(cache_key)
-            return _routers[cache_key][1]
+            return _routers[cache_key]
     router = Router(config, registry=registry).to(query.device)
     router.eval()
     if any(parameter.requires_grad for parameter in router.parameters()):
         raise ConfigError(
             "a source of this mix has parameters of its own, which a function has no place for; use SparseAttention"
         )
+    if cache_key is None:
+        return router
     with _routers_lock:
-        _routers[cache_key] = (registry, router)  # the registry stays alive, so its id stays its own
+        _routers[cache_key] = router
         while len(_routers) > _ROUTER_CACHE_SIZE:
             _routers.popitem(last=False)
     return router
@@ -88,7 +95,13 @@ def build_graph(
         The graph. Masks are looked up edge by edge; nothing of size N·M is made.
 
     Raises:
-        ShapeError, DtypeError, MaskError, ConfigError, UnknownSourceError, ProposalError, BudgetError.
+        ShapeError: ranks, heads or lengths that do not fit together.
+        DtypeError: not floating point, or dtypes that differ.
+        MaskError: a mask whose shape fits nothing.
+        ConfigError: an option out of range, or a mix that cannot serve the call.
+        UnknownSourceError: a source that no plugin registered.
+        ProposalError: a source returned something invalid.
+        BudgetError: guaranteed neighbors that do not fit ``num_neighbors``.
     """
     check_tensors(query, key, key)
     config = SSAConfig() if config is None else config
@@ -133,7 +146,7 @@ def sparse_attention(
         query: ``[B, H, N, D]``. key: ``[B, Hkv, M, D]``. value: ``[B, Hkv, M, Dv]``; float16, bfloat16, float32 or
             float64.
         attn_mask, is_causal: as in torch, where ``is_causal`` lines up the first query with the first key; they go
-            into the graph, so a given ``graph`` must have been built with them.
+            into the graph, so a given ``graph`` must have been built with them. ``config.causal`` is causal too.
         dropout_p: applied whenever it is above 0, as in torch; pass 0 outside training.
         scale: of the scores, ``1 / sqrt(D)`` if left out.
         enable_gqa: allow fewer key/value heads than query heads.
@@ -146,7 +159,9 @@ def sparse_attention(
         query, key, value and an additive ``attn_mask``.
 
     Raises:
-        What `build_graph` raises; GraphError where ``graph`` does not fit; BackendUnavailableError.
+        GraphError: a given ``graph`` does not fit the tensors.
+        BackendUnavailableError: the named backend cannot serve the call.
+        SSAError: everything that `build_graph` raises.
     """
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -159,7 +174,8 @@ def sparse_attention(
             f"query has {query.shape[1]} heads, key has {key.shape[1]}; pass enable_gqa=True for grouped queries"
         )
     if graph is None:
-        graph = build_graph(query, key, config=config, is_causal=is_causal, attn_mask=attn_mask, **graph_options)
+        causal = is_causal or config.causal
+        graph = build_graph(query, key, config=config, is_causal=causal, attn_mask=attn_mask, **graph_options)
     else:
         check_given_graph(graph, attn_mask, is_causal, graph_options)
     out, _ = neighbor_attention(

@@ -2,6 +2,7 @@
 
 from ssa_framework.errors import BudgetError, ConfigError, MissingExtraError, SSAError
 from ssa_framework.hookspecs import ENTRY_POINT_GROUP, hookimpl
+from ssa_framework.ops.group_keys import group_keys
 from ssa_framework.proposals import Band, Candidates, Columns, Proposal, Ranges
 from ssa_framework.registry import Registrar
 from ssa_framework.source import LayerSpec, NeighborSource, RoutingContext
@@ -21,5 +22,6 @@ __all__ = [
     "Registrar",
     "RoutingContext",
     "SSAError",
+    "group_keys",
     "hookimpl",
 ]

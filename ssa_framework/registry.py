@@ -163,7 +163,8 @@ class SourceRegistry:
                 runs again. Layers that exist keep the source they have.
 
         Raises:
-            See `Registrar.add`; a source of an installed plugin is never replaced.
+            SourceNameError: the name is taken; a source of an installed plugin is never replaced.
+            PluginError: ``source_class`` is not a subclass of `NeighborSource`.
         """
         taken = self._sources.get(name)
         if replace and taken is not None and taken.distribution is None:

@@ -71,9 +71,12 @@ class Router(nn.Module):
             source_inputs: per source name, what the caller wants to tell it with this call.
 
         Raises:
-            ConfigError: no source is left, or inputs for a source that is not in the mix. ProposalError: a source
-            returned something invalid. BudgetError: guaranteed neighbors do not fit. BudgetWarning (a warning): band
-            and columns alone exceed the budget.
+            ConfigError: no source is left, or inputs for a source that is not in the mix.
+            ProposalError: a source returned something invalid.
+            BudgetError: guaranteed neighbors do not fit.
+
+        Warns:
+            BudgetWarning: band and columns alone take the whole budget.
         """
         inputs = dict(source_inputs or {})
         unknown = set(inputs) - set(self.sources)

@@ -191,3 +191,37 @@ def test_layer_under_autocast() -> None:
     assert out.dtype == torch.bfloat16
     out.float().sum().backward()
     assert bool(layer.Wq.weight.grad.isfinite().all())
+
+
+def test_options_with_large_tensors_are_told_apart() -> None:
+    """Tensors print alike when they are large; a function must not mistake one adjacency for another."""
+    q = torch.randn(1, 1, 2000, 4)
+    nodes = torch.arange(2000)
+    middle = nodes.roll(1)
+    other = middle.clone()
+    other[1000] = 7
+    for keys in (middle, other):
+        config = SSAConfig(sources={"edges": {"edge_index": torch.stack([nodes, keys])}}, num_neighbors=4)
+        graph = build_graph(q, q, config=config)
+        assert graph.neighbors[0, 0, 1000, 0] == keys[1000]
+
+
+def test_a_causal_configuration_is_causal_in_the_function_too() -> None:
+    q, k, v = (torch.randn(1, 2, 30, 8) for _ in range(3))
+    config = SSAConfig(num_neighbors=32, causal=True)
+    assert torch.equal(
+        sparse_attention(q, k, v, config=config), sparse_attention(q, k, v, config=config, is_causal=True)
+    )
+
+
+def test_functions_see_a_source_that_was_registered_anew() -> None:
+    class Nothing(NeighborSource):
+        def propose(self, ctx):
+            return Candidates(torch.full((1, 1, 1, 1), -1, dtype=torch.int32, device=ctx.device))
+
+    registry = SourceRegistry(plugins=[])
+    q, config = torch.randn(1, 1, 20, 8), SSAConfig(sources={"mine": {}}, num_neighbors=12)
+    registry.register("mine", EveryOther)
+    assert build_graph(q, q, config=config, registry=registry).degree().sum() == 200
+    registry.register("mine", Nothing, replace=True)
+    assert build_graph(q, q, config=config, registry=registry).degree().sum() == 0

@@ -7,6 +7,8 @@ that cannot run here follows a comment ``<!-- no-run: reason -->``.
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,6 +71,15 @@ def test_examples_run(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
             # blank lines in front, so that a traceback names the line of the page
             code = compile("\n" * (block.line - 1) + block.code, str(page), "exec", dont_inherit=True)
             exec(code, namespace)
+
+
+def test_sources_of_the_tutorial_keep_the_contract(tmp_path: Path) -> None:
+    page = ROOT / "docs" / "write-a-source.md"
+    module = tmp_path / "test_tutorial.py"
+    module.write_text("".join(block.code for block in blocks(page) if block.language == "python"), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(module)]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)

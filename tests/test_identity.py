@@ -1,5 +1,6 @@
 """For any set of sources, sparse attention equals dense attention under the boolean mask of the graph."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -64,6 +65,7 @@ def check_identity(
     graph_heads: str = "query",
     mask: str = "none",
     backend: str = "torch",
+    graph_backend: str | None = None,
     budget: int = 16,
     dense_below: int | None = 0,
     dtype: torch.dtype = torch.float64,
@@ -78,7 +80,8 @@ def check_identity(
         sources=mix, num_neighbors=budget, graph_heads=graph_heads, dense_below=dense_below, backend=backend
     )
     options = make_masks(mask, batch, heads[0], queries, keys, dtype)
-    graph = build_graph(q, k, config=config, is_causal=causal, cross=False, **options)
+    builder = config if graph_backend is None else replace(config, backend=graph_backend)
+    graph = build_graph(q, k, config=builder, is_causal=causal, cross=False, **options)
     graph.validate()
     edges = graph.to_dense_mask()
     bias = options.get("attn_mask")
@@ -135,6 +138,32 @@ def test_reference_backend(mask: str) -> None:
     check_identity(MIXES["seed-mix"], queries=21, keys=21, mask=mask, backend="reference", causal=True)
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES.keys())
+def test_numba_every_mix(mix: dict[str, Any], causal: bool) -> None:
+    check_identity(mix, causal=causal, budget=24, backend="numba", graph_backend="torch")
+
+
+@pytest.mark.parametrize("graph_heads", ["query", "kv"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_numba_every_mask(mask: str, causal: bool, graph_heads: str) -> None:
+    check_identity(
+        MIXES["everything"],
+        mask=mask,
+        causal=causal,
+        graph_heads=graph_heads,
+        budget=24,
+        backend="numba",
+        graph_backend="torch",
+    )
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 65), (65, 1), (33, 65), (65, 33)])
+def test_numba_lengths(queries: int, keys: int) -> None:
+    check_identity(MIXES["everything"], queries=queries, keys=keys, causal=True, backend="numba", graph_backend="torch")
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_any_mix(data: st.DataObject) -> None:
@@ -166,6 +195,8 @@ def test_any_mix(data: st.DataObject) -> None:
         causal=data.draw(st.booleans(), label="causal"),
         graph_heads=data.draw(st.sampled_from(["query", "kv"]), label="graph_heads"),
         mask=data.draw(st.sampled_from(MASKS), label="mask"),
+        backend=data.draw(st.sampled_from(["torch", "numba"]), label="backend"),
+        graph_backend="torch",
         budget=data.draw(st.integers(40, 70), label="budget"),
     )
 

@@ -85,7 +85,7 @@ def test_small_chunks_equal_one(monkeypatch: pytest.MonkeyPatch, graph_heads: st
     graph = graph_of(q, k, graph_heads=graph_heads)
 
     def run() -> list[torch.Tensor]:
-        out, _ = neighbor_attention(q, k, v, graph)
+        out, _ = neighbor_attention(q, k, v, graph, backend="torch")
         return [out, *torch.autograd.grad(out.square().sum(), [q, k, v])]
 
     whole = run()
@@ -94,34 +94,33 @@ def test_small_chunks_equal_one(monkeypatch: pytest.MonkeyPatch, graph_heads: st
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
 class TestDropout:
-    def test_is_unbiased_and_zero_probability_is_exact(self) -> None:
+    def test_is_unbiased_and_zero_probability_is_exact(self, backend: str) -> None:
         q, k, v = (x.detach() for x in tensors(33))
         graph = graph_of(q, k)
-        want = sparse_attention(q, k, v, graph=graph, enable_gqa=True)
-        drawn = torch.stack(
-            [sparse_attention(q, k, v, dropout_p=0.3, graph=graph, enable_gqa=True) for _ in range(600)]
-        )
+        want, _ = neighbor_attention(q, k, v, graph, backend=backend)
+        drawn = torch.stack([neighbor_attention(q, k, v, graph, dropout_p=0.3, backend=backend)[0] for _ in range(600)])
         error = (drawn.mean(0) - want).abs() / (drawn.std(0) / math.sqrt(600) + 1e-12)
         assert float(error.mean()) < 1.2  # the mean of |N(0, 1)| is 0.8
         assert not torch.equal(drawn[0], drawn[1])
 
     @pytest.mark.parametrize("work", [32 * 2**20, 30_000], ids=["one-chunk", "many-chunks"])
-    def test_backward_drops_the_same_weights(self, monkeypatch: pytest.MonkeyPatch, work: int) -> None:
+    def test_backward_drops_the_same_weights(self, monkeypatch: pytest.MonkeyPatch, work: int, backend: str) -> None:
         monkeypatch.setattr(torch_gather, "WORK_BYTES", work)
         q, k, v = tensors(17)
         graph = graph_of(q, k)
 
         def attend(*inputs: torch.Tensor) -> torch.Tensor:
             torch.manual_seed(5)
-            return sparse_attention(*inputs, dropout_p=0.4, graph=graph, enable_gqa=True)
+            return neighbor_attention(*inputs, graph, dropout_p=0.4, backend=backend)[0]
 
         assert torch.autograd.gradcheck(attend, (q, k, v), atol=1e-6, nondet_tol=0.0, fast_mode=True)
 
-    def test_probability_is_checked(self) -> None:
+    def test_probability_is_checked(self, backend: str) -> None:
         q, k, v = tensors(5)
         with pytest.raises(ConfigError, match="dropout_p"):
-            sparse_attention(q, k, v, dropout_p=1.0, enable_gqa=True)
+            neighbor_attention(q, k, v, graph_of(q, k), dropout_p=1.0, backend=backend)
 
 
 def test_fp32_weights_are_closer_to_exact() -> None:
@@ -130,7 +129,7 @@ def test_fp32_weights_are_closer_to_exact() -> None:
     exact = dense_attention(q.double(), k.double(), v.double(), graph.to_dense_mask())
 
     def error(fp32: bool) -> float:
-        out, _ = neighbor_attention(q, k, v, graph, fp32_weights=fp32)
+        out, _ = neighbor_attention(q, k, v, graph, fp32_weights=fp32, backend="torch")
         return float((out.double() - exact).norm())
 
     assert error(True) < error(False)
@@ -173,12 +172,13 @@ def test_no_keys_gives_zeros(backend: str) -> None:
     assert bool((q.grad == 0).all())
 
 
-def test_the_op_is_a_proper_torch_op() -> None:
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+def test_the_op_is_a_proper_torch_op(backend: str) -> None:
     q, k, v = tensors(20)
     graph = graph_of(q, k)
     arguments = (
         q, k, v, graph.neighbors, None, graph.columns, None, None, None,
-        [graph.band.before, graph.band.after], 0, True, 0.35, 0.0, 0, False, "torch",
+        [graph.band.before, graph.band.after], 0, True, 0.35, 0.0, 0, False, backend,
     )  # fmt: skip
     results = torch.library.opcheck(neighbor_attention_op, arguments)
     assert set(results.values()) == {"SUCCESS"}

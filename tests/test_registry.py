@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -143,11 +145,51 @@ def test_sources_is_a_copy(registry: SourceRegistry) -> None:
     assert list(registry.sources) == BUILT_IN
 
 
+def test_replace_takes_the_place_of_what_was_registered_in_code(registry: SourceRegistry) -> None:
+    registry.register("nearest", Nearest)
+    registry.register("nearest", Previous, replace=True)
+    assert registry.get("nearest") is Previous
+    registry.register("new", Nearest, replace=True)
+    assert registry.get("new") is Nearest
+
+
+def test_replace_never_touches_an_installed_plugin(registry: SourceRegistry) -> None:
+    built_in = registry.get("window")
+    with pytest.raises(SourceNameError, match="'window' is taken by plugin 'ssa-framework:window'"):
+        registry.register("window", Nearest, replace=True)
+    assert registry.get("window") is built_in
+
+
+def test_replace_with_what_is_no_source_keeps_the_old(registry: SourceRegistry) -> None:
+    registry.register("nearest", Nearest)
+    with pytest.raises(PluginError):
+        registry.register("nearest", nn.Linear, replace=True)
+    assert registry.get("nearest") is Nearest
+
+
+def test_copies_of_a_layer_share_the_registry(registry: SourceRegistry) -> None:
+    assert copy.deepcopy(registry) is registry
+
+
+def test_only_the_default_registry_can_be_pickled(registry: SourceRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PluginError, match="default registry"):
+        pickle.dumps(registry)
+    monkeypatch.setattr(registry_module, "_default", registry)
+    saved = pickle.dumps(registry)
+    other = SourceRegistry(plugins=[])
+    monkeypatch.setattr(registry_module, "_default", other)
+    assert pickle.loads(saved) is other
+
+
 def test_default_registry_is_one_object(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry_module, "_default", None)
     register_source("nearest", Nearest)
     assert default_registry() is default_registry()
     assert default_registry().get("nearest") is Nearest
+    with pytest.raises(SourceNameError):
+        register_source("nearest", Previous)
+    register_source("nearest", Previous, replace=True)
+    assert default_registry().get("nearest") is Previous
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------

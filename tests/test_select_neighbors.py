@@ -15,8 +15,9 @@ from ssa_framework.proposals import Band, Candidates, Ranges
 
 def eligible_keys(batch: int, heads: int, queries: int, keys: int, causal: bool, kind: str = "plain") -> Eligible:
     masks = {}
+    if kind in ("padded", "masked"):
+        masks["key_padding_mask"] = some_padding(batch, keys)
     if kind == "masked":
-        masks["key_padding_mask"] = torch.rand(batch, keys) > 0.2
         masks["attn_mask"] = torch.rand(batch, heads, queries, keys) > 0.2
     if kind == "packed":
         masks["segment_ids"] = (torch.arange(queries)[None] // 5, torch.arange(keys)[None] // 5)
@@ -26,6 +27,10 @@ def eligible_keys(batch: int, heads: int, queries: int, keys: int, causal: bool,
     band = Band(1, 0 if causal else 1) if kind != "plain" else None
     columns = torch.tensor([0, 3], dtype=torch.int32) if kind != "plain" else None
     return Eligible(mask, heads, keys, band, columns)
+
+
+def some_padding(batch: int, keys: int) -> torch.Tensor:
+    return torch.rand(batch, keys) > 0.2
 
 
 def random_ranges(draw: st.DrawFn, batch: int, heads: int, queries: int, keys: int) -> Ranges:
@@ -43,13 +48,13 @@ def random_ranges(draw: st.DrawFn, batch: int, heads: int, queries: int, keys: i
 
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
-def test_torch_equals_reference(data: st.DataObject) -> None:
+def test_every_backend_equals_the_reference(data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 10**6), label="seed"))
     batch, kv_heads = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))
     heads = kv_heads * data.draw(st.integers(1, 2))
     queries, keys = data.draw(st.integers(1, 17), label="N"), data.draw(st.integers(4, 17), label="M")
     q, k = torch.randn(batch, heads, queries, 4).double(), torch.randn(batch, kv_heads, keys, 4).double()
-    kind = data.draw(st.sampled_from(["plain", "masked", "packed"]), label="kind")
+    kind = data.draw(st.sampled_from(["plain", "padded", "masked", "packed"]), label="kind")
     eligible = eligible_keys(batch, heads, queries, keys, data.draw(st.booleans(), label="causal"), kind)
     pool = [
         Ranges.everything(),
@@ -61,7 +66,8 @@ def test_torch_equals_reference(data: st.DataObject) -> None:
     chosen = data.draw(st.lists(st.sampled_from(range(len(pool))), min_size=1, max_size=4, unique=True), label="pool")
     proposed = [Proposed(f"source{i}", pool[i]) for i in chosen]
     budget = data.draw(st.integers(2, 12), label="budget")
-    got = select_neighbors(q, k, proposed, eligible, budget, backend="torch")
+    backend = "torch" if eligible.mask.has_explicit else data.draw(st.sampled_from(["torch", "numba"]), label="backend")
+    got = select_neighbors(q, k, proposed, eligible, budget, backend=backend)
     want = select_neighbors(q, k, proposed, eligible, budget, backend="reference")
     width = max(got.neighbors.shape[-1], want.neighbors.shape[-1])
 
@@ -152,3 +158,20 @@ def test_reference_refuses_large_sizes() -> None:
         select_neighbors(
             q, q, [Proposed("a", Ranges.everything())], eligible_keys(1, 1, 4096, 4096, False), 4, "reference"
         )
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.parametrize("empty", ["no-candidates", "no-slices", "no-keys-in-order"])
+def test_proposals_without_room_for_a_key(backend: str, empty: str) -> None:
+    q = torch.randn(1, 1, 50, 4)
+    none = {
+        "no-candidates": Candidates(torch.empty((1, 1, 50, 0), dtype=torch.int32)),
+        "no-slices": Ranges(None, torch.empty((1, 1, 50, 1, 0), dtype=torch.int32), torch.empty((1, 1, 50, 1, 0)).int()),
+        "no-keys-in-order": Ranges(torch.empty((1, 1, 1, 0), dtype=torch.int32), None, None),
+    }[empty]
+    eligible = eligible_keys(1, 1, 50, 50, causal=False)
+    alone = select_neighbors(q, q, [Proposed("none", none)], eligible, 4, backend)
+    assert alone.neighbors is None
+    both = select_neighbors(q, q, [Proposed("none", none), Proposed("scan", Ranges.everything())], eligible, 4, backend)
+    assert int(both.listed["none"]) == 0
+    assert int(both.listed["scan"]) == 200

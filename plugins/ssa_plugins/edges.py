@@ -103,8 +103,8 @@ class Edges(NeighborSource):
         query = f"query {place % ctx.num_queries}"
         if lists.shape[0] > 1:
             query += f" of batch element {place // ctx.num_queries}"
-        # The budget has a floor; where it is above num_neighbors, what band and columns take is not known, at most
-        # num_neighbors in any configuration that makes sense.
+        # A budget above num_neighbors means that nothing was left and content got a few slots all the same. What band
+        # and columns take is then not known; num_neighbors is enough for them wherever it is exhausted, not exceeded.
         slots = self.layer.num_neighbors
         enough = slots + degree - (ctx.budget if ctx.budget <= slots else 0)
         raise BudgetError(
@@ -140,7 +140,9 @@ def _read(edge_index: Any, csr: Any) -> tuple[Tensor, int | None]:
             f"it goes from {int(indptr[0])} to {int(indptr[-1])}"
         )
     if bool((degrees < 0).any()):
-        raise ConfigError(f"edges: csr indptr must not decrease, it does after entry {int((degrees < 0).int().argmax())}")
+        raise ConfigError(
+            f"edges: csr indptr must not decrease, it does after entry {int((degrees < 0).int().argmax())}"
+        )
     queries = torch.arange(degrees.numel(), device=indptr.device).repeat_interleave(degrees)
     return torch.stack([queries, indices.to(indptr.device)]), degrees.numel()
 

@@ -149,10 +149,12 @@ class _Recipe:
         except RuntimeError as error:
             raise self._invalid(_reason(error)) from error
         for part in _parts(index):
-            for owner in (part, getattr(part, "pq", None), getattr(part, "rq", None)):
+            for owner in (part, getattr(part, "pq", part), getattr(part, "rq", part)):
                 if hasattr(owner, "cp"):
                     owner.cp.seed = self.seed % 2**31
                     owner.cp.min_points_per_centroid = 1  # faiss would print a warning to the terminal
+            if hasattr(part, "do_polysemous_training"):
+                part.do_polysemous_training = False  # ten seconds for a kind of search that nobody asks for here
             if self.nprobe is not None and isinstance(part, faiss.IndexIVF):
                 part.nprobe = self.nprobe
             if self.ef_search is not None and hasattr(part, "hnsw"):
@@ -222,9 +224,7 @@ class _Recipe:
         """Keys of the past on which a causal index is trained; 0 = it needs no training."""
         index = self.create()
         if _is_graph_built_at_once(index):
-            raise ConfigError(
-                f"faiss: index {self.factory!r} cannot grow, which causal attention needs; 'HNSW32' can"
-            )
+            raise ConfigError(f"faiss: index {self.factory!r} cannot grow, which causal attention needs; 'HNSW32' can")
         if index.is_trained:
             return 0
         return self.train_size or max(self.dim, _POINTS_PER_CENTROID * _code_book(index))

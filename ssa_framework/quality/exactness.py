@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf, isfinite
+
 import torch
 from torch import Tensor
 
@@ -34,8 +36,8 @@ def output_difference(
         seed: of the sample. scale: of the scores, ``1 / sqrt(D)`` if left out.
 
     Returns:
-        The largest ``|output − exact| / max|value|`` over batch, heads and the sample; 0 for an empty output. About
-        1e-7 to 1e-6 is what float32 gives.
+        The largest ``|output − exact| / max|value|`` over batch, heads and the sample; 0 for an empty output,
+        infinity where ``output`` is not finite. float32 gives about 1e-7 to 1e-6.
 
     Raises:
         ShapeError: ``output`` is not ``[B, H, N, Dv]``, or q, k, v do not fit together. GraphError: the graph does
@@ -57,4 +59,6 @@ def output_difference(
         return 0.0
     largest = float(value.double().nan_to_num().abs().max()) if value.numel() else 0.0
     difference = float((output[:, :, rows].double() - exact).abs().max())
+    if not isfinite(difference):
+        return inf
     return difference / largest if largest else difference

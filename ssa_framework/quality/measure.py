@@ -223,7 +223,7 @@ def _covered(keys: Tensor, graph: NeighborGraph) -> Tensor:
 
 
 def _recall(scores: Tensor, edges: Tensor, counts: Tensor, recall_at: int) -> Tensor:
-    """Share of the best ``min(recall_at, counts)`` keys that are edges, ``[B, H, T]``; 0 where there is none.
+    """Share of the best ``min(recall_at, counts)`` keys that are edges, float64 ``[B, H, T]``; 0 where there is none.
 
     ``scores`` are -inf outside the keys that count, ``edges`` are False there. Ties at the threshold are resolved in
     favour of the edges: any set of k best keys is as good as another.
@@ -235,7 +235,7 @@ def _recall(scores: Tensor, edges: Tensor, counts: Tensor, recall_at: int) -> Te
     hits = (above & edges).sum(-1)
     room = wanted - above.sum(-1)
     tied = ((scores == threshold) & edges).sum(-1)
-    return (hits + torch.minimum(room, tied)) / wanted.clamp(min=1)
+    return (hits + torch.minimum(room, tied)).double() / wanted.clamp(min=1)
 
 
 class _Tally:

@@ -14,14 +14,15 @@ _SILENT = "99"  # above every level that Kineto logs at
 
 
 def peak_memory(fn: Callable[[], object], device: torch.device | str = "cpu") -> int:
-    """Extra bytes at the peak of one call of ``fn``, its result included, beyond what was allocated before.
+    """Bytes that one call of ``fn`` allocates and holds at its peak, its result included.
 
-    On CUDA this is what torch's caching allocator counts. On the CPU it is the running sum of every allocation and
-    release that goes through torch's allocator, as its profiler records them, so it is exact to the byte and does not
-    depend on what the process did before, but it does not see memory that others take: NumPy arrays, Python objects,
-    scratch space inside BLAS, oneDNN or JIT-compiled code. Neither counts memory-mapped code or fragmentation.
+    On CUDA this is what torch's caching allocator counts, beyond what was allocated before. On the CPU it is the
+    running sum of every allocation and release that goes through torch's allocator, as its profiler records them:
+    exact to the byte, whatever the process did before. It does not see memory that others take, such as NumPy
+    arrays, Python objects, or scratch space inside BLAS, oneDNN or JIT-compiled code, nor the release of tensors
+    from before the call. Neither counts fragmentation.
 
-    ``fn`` is called once. Call it before if it fills caches on first use. Other threads that allocate meanwhile are
+    ``fn`` is called once; call it before if it fills caches on first use. What other threads allocate meanwhile is
     counted on CUDA, not on the CPU. Not to be used inside another profiler.
 
     Args:

@@ -60,7 +60,7 @@ def time_alternating(
     """Time each contestant in turn, round after round: a, b, a, b, ...
 
     Args:
-        contestants: functions without arguments, by name. Each is called once before the first round.
+        contestants: functions without arguments, by name. Each is called before the first round.
         seconds: rounds go on until all of them together took this long, ...
         min_rounds, max_rounds: ... but at least and at most so many.
         threads: torch's intra-op threads during the measurement; unchanged if left out.
@@ -79,8 +79,9 @@ def time_alternating(
     with set_torch_threads(threads):
         calls = {}
         for name, fn in contestants.items():
-            fn()
-            calls[name] = max(1, int(_SHORTEST_BLOCK_SECONDS / max(_seconds(fn, 1), 1e-9)))
+            warm_up = _seconds(fn, 1)
+            again = _seconds(fn, 1) if warm_up < _SHORTEST_BLOCK_SECONDS else warm_up
+            calls[name] = max(1, int(_SHORTEST_BLOCK_SECONDS / max(again, 1e-9)))
         start = timer()
         for done in range(max_rounds):
             if done >= min_rounds and timer() - start >= seconds:

@@ -19,8 +19,6 @@ from ssa_framework.router import Router, layer_spec
 from ssa_framework.source import NeighborSource, RoutingContext, create_source
 from ssa_framework.testing.inputs import CASES, AttentionInputs, dense_attention, make_inputs
 
-Masked = dict[str, Any]
-
 
 class SourceContract:
     """Subclass it in a test module, name the source, and pytest runs the contract on it.
@@ -54,7 +52,7 @@ class SourceContract:
 
     def config(self, inputs: AttentionInputs, *, alone: bool = False, graph_heads: str = "query") -> SSAConfig:
         """The layer of a test: ``self`` and the source, or the source alone."""
-        mix = {} if alone or self.source == "self" else {"self": {}}
+        mix: dict[str, Mapping[str, Any]] = {} if alone or self.source == "self" else {"self": {}}
         return SSAConfig(
             d_model=inputs.heads * inputs.head_dim,
             num_heads=inputs.heads,
@@ -143,9 +141,12 @@ class SourceContract:
             _assert_scores_exact(proposal.indices, proposal.scores, ctx)
 
     @pytest.mark.parametrize("graph_heads", ["query", "kv"])
-    @pytest.mark.parametrize("case", [name for name in CASES if not name.startswith("length-1")])
+    @pytest.mark.parametrize("case", [name for name in CASES if "length-1" not in name and "padded" not in name])
     def test_graph_is_not_empty(self, case: str, graph_heads: str) -> None:
-        """Every graph head gets neighbors, and others than the query itself unless that is all the source is for."""
+        """Every graph head gets neighbors, and others than the query itself unless that is all the source is for.
+
+        Padded inputs are left out: a fixed pattern may point at nothing but padding there.
+        """
         inputs = make_inputs(**CASES[case])
         if self.refuses(inputs, graph_heads=graph_heads):
             return
@@ -179,7 +180,7 @@ class SourceContract:
         (expected * weight).sum().backward()
         for name in ("q", "k", "v"):
             got, want = getattr(sparse, name).grad, getattr(dense, name).grad
-            torch.testing.assert_close(got, want, rtol=0, atol=1e-10, msg=lambda m, name=name: f"gradient of {name}: {m}")
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-10, msg=f"the gradient of {name} is wrong")
 
     @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -220,8 +221,8 @@ class SourceContract:
         self._assert_same(before, after, inputs.key_padding_mask, "padded tokens")
 
     @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-    @pytest.mark.parametrize("value", ["shifted", "nan"])
-    def test_other_documents_are_not_seen(self, value: str, causal: bool) -> None:
+    @pytest.mark.parametrize("change", ["shifted", "scaled"])
+    def test_other_documents_are_not_seen(self, change: str, causal: bool) -> None:
         """Changing one packed document changes no bit of what the others get."""
         inputs = make_inputs(queries=65, causal=causal, packed=True)
         if self.refuses(inputs):
@@ -230,7 +231,7 @@ class SourceContract:
         before = self.attend(inputs)
         for document in inputs.segment_ids.unique():
             tokens = inputs.segment_ids == document
-            after = self.attend(inputs.changed(tokens, _CHANGES[value](inputs)))
+            after = self.attend(inputs.changed(tokens, _CHANGES[change](inputs)))
             self._assert_same(before, after, ~tokens, f"document {int(document)}")
 
     @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
@@ -337,7 +338,7 @@ def _slices_increase(ranges: Ranges) -> bool:
     order = ranges.order.long()
     length = order.shape[-1]
     falls = torch.zeros((*order.shape[:-1], length + 1), dtype=torch.int64, device=order.device)
-    falls[..., 2:] = (order[..., 1:] <= order[..., :-1]).cumsum(-1)[..., : max(0, length - 1)]
+    falls[..., 2:] = (order[..., 1:] <= order[..., :-1]).cumsum(-1)
     if ranges.start is None or ranges.end is None:
         return not bool(falls[..., -1].any())
     # [B, G, N, S, P] → [B, G, S, N, P], so that the slices of an order lie beside it

@@ -120,7 +120,9 @@ def make_inputs(
     generator = torch.Generator().manual_seed(seed)
     shapes = ((heads, queries), (kv_heads, keys), (kv_heads, keys))
     q, k, v = (
-        torch.randn((batch, length, count, head_dim), generator=generator, dtype=torch.float64).to(dtype).transpose(1, 2)
+        torch.randn((batch, length, count, head_dim), generator=generator, dtype=torch.float64)
+        .to(dtype)
+        .transpose(1, 2)
         for count, length in shapes
     )
     return AttentionInputs(

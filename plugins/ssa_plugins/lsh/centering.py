@@ -23,10 +23,10 @@ def center(keys: Tensor, keep: Tensor | None, segments: Tensor | None, causal: b
     wide = keys.double()
     if segments is None:
         if causal:
-            mean = wide.cumsum(2) / weight.cumsum(1).clamp(min=1)[:, None, :, None]
+            mean = wide.cumsum(2).div_(weight.cumsum(1).clamp(min=1)[:, None, :, None])
         else:
             mean = wide.sum(2, keepdim=True) / weight.sum(1).clamp(min=1)[:, None, None, None]
-        return (wide - mean).float()
+        return keys - mean.float()
     order = segments.expand(batch, -1).argsort(dim=1, stable=True)  # documents side by side, in their own order
     back = order.argsort(dim=1)
     ids = segments.expand(batch, -1).gather(1, order)
@@ -36,7 +36,7 @@ def center(keys: Tensor, keep: Tensor | None, segments: Tensor | None, causal: b
     if not causal:
         final = torch.searchsorted(ids.contiguous(), ids.contiguous(), right=True) - 1  # last key of each document
         mean = _take(mean, final)
-    return (wide - _take(mean, back)).float()
+    return keys - _take(mean, back).float()
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

@@ -13,10 +13,12 @@ from ssa_framework.plugin import RoutingContext
 @dataclass(frozen=True)
 class Documents:
     """Attributes:
+    count: how many documents there are.
     of_queries, of_keys: document numbers from 0, int64 ``[B or 1, N]`` and ``[B or 1, M]``.
     key_rank: position of each key minus that of the first real key of its document, int64 ``[B or 1, M]``.
     """
 
+    count: int
     of_queries: Tensor
     of_keys: Tensor
     key_rank: Tensor
@@ -39,4 +41,4 @@ class Documents:
         count = max(int(of_keys.max()), int(of_queries.max())) + 1
         first = torch.full((rows, count), ctx.num_keys, dtype=torch.int64, device=ctx.device)
         first.scatter_reduce_(1, of_keys, real.expand(rows, -1), "amin")
-        return cls(of_queries, of_keys, places - first.gather(1, of_keys))
+        return cls(count, of_queries, of_keys, places - first.gather(1, of_keys))

@@ -22,6 +22,10 @@ class HashFamily(Protocol):
         """Random directions ``[rounds, F, D]``, float32."""
         ...
 
+    def rows(self, bits: int) -> slice:
+        """The directions that ``bits`` bits look at."""
+        ...
+
     def buckets(self, projected: Tensor, bits: int) -> Tensor:
         """Bucket of each vector, ``[..., rounds]``."""
         ...
@@ -45,12 +49,17 @@ class Hyperplane:
         """Unit normals, orthogonal within groups of D (Ji et al., Super-Bit LSH, 2012)."""
         return _orthonormal_rows(rounds, self.max_bits, dim, generator)
 
+    def rows(self, bits: int) -> slice:
+        return slice(0, bits)
+
     def buckets(self, projected: Tensor, bits: int) -> Tensor:
-        place = torch.arange(bits - 1, -1, -1, device=projected.device)
-        return ((projected[..., :bits] > 0).long() << place).sum(-1)
+        value = 2.0 ** torch.arange(bits - 1, -1, -1, device=projected.device)
+        return ((projected[..., :bits] > 0).float() @ value).long()  # exact: far below 2^24
 
     def probes(self, projected: Tensor, bits: int, count: int) -> Tensor:
         own = self.buckets(projected, bits)
+        if count == 0:
+            return own[..., None]
         nearest = (
             projected[..., :bits].abs().argsort(dim=-1)
         )  # rank → plane, the plane that the query is nearest to first
@@ -85,6 +94,9 @@ class CrossPolytope:
         rows = 2 ** (self.single - 1)
         polytopes = 1 if self.max_bits <= self.single else 2
         return torch.cat([_orthonormal_rows(rounds, rows, dim, generator) for _ in range(polytopes)], dim=1)
+
+    def rows(self, bits: int) -> slice:
+        return slice(0, 2 ** max(0, bits - 1)) if bits <= self.single else slice(None)
 
     def _scores(self, projected: Tensor, bits: int) -> list[tuple[int, Tensor]]:
         """For each polytope, its bits and the score of each of its buckets ``[..., 2^bits]``: ``±`` a coordinate."""

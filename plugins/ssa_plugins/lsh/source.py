@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ssa_framework.plugin import ConfigError, LayerSpec, NeighborSource, Ranges, RoutingContext
+from ssa_framework.plugin import ConfigError, LayerSpec, NeighborSource, Ranges, RoutingContext, group_keys
 from ssa_plugins.lsh.centering import center as center_keys
 from ssa_plugins.lsh.documents import Documents
 from ssa_plugins.lsh.hashing import CrossPolytope, HashFamily, Hyperplane
@@ -36,7 +36,7 @@ class LSH(NeighborSource):
         hash: ``"hyperplane"`` (signs of projections) or ``"cross_polytope"`` (largest coordinate of a rotation),
             which finds more of the best keys for the same number of scored ones.
         center: hash keys relative to their mean (of the past, if causal).
-        candidates: keys per round and query, about; ``num_neighbors`` if left out.
+        candidates: keys per round and query, about; ``num_neighbors / 2`` if left out.
         limit: most keys that one query takes from one bucket, the nearest ones in position;
             ``2 · candidates / (1 + probes)`` if left out. Buckets of real keys are of very different sizes.
         seed: of the planes; the layer's if left out.
@@ -60,7 +60,7 @@ class LSH(NeighborSource):
         seed: int | None = None,
     ) -> None:
         super().__init__(layer)
-        candidates = layer.num_neighbors if candidates is None else candidates
+        candidates = max(1, layer.num_neighbors // 2) if candidates is None else candidates
         if hash not in ("hyperplane", "cross_polytope"):
             raise ConfigError(f"lsh: hash must be 'hyperplane' or 'cross_polytope', got {hash!r}")
         _check("rounds", rounds, 1, 64)
@@ -93,26 +93,26 @@ class LSH(NeighborSource):
         if not bool(torch.isfinite(self.planes).all()):
             raise ConfigError("lsh: hash planes are not finite; the buffer 'planes' was overwritten with NaN or inf")
         documents = Documents.of(ctx)
-        keys = self._project(self._prepared_keys(ctx))  # [B, Hkv, M, S, F]
-        queries = self._project(ctx.q.float())  # [B, G, N, S, F]
         bits = self._bits_per_query(ctx)
+        planes = self.planes.float()[:, self.family.rows(int(bits.max()))]
+        keys = _project(self._prepared_keys(ctx), planes)  # [B, Hkv, M, S, F]
+        queries = _project(ctx.q.float(), planes)  # [B, G, N, S, F]
         shape = (ctx.batch, ctx.graph_heads, ctx.num_queries, self.rounds, 1 + self.probes)
-        start = torch.zeros(shape, dtype=torch.int64, device=ctx.device)
-        end = torch.zeros(shape, dtype=torch.int64, device=ctx.device)
+        start = torch.zeros(shape, dtype=torch.int32, device=ctx.device)
+        end = torch.zeros(shape, dtype=torch.int32, device=ctx.device)
         orders: list[Tensor] = []
         # Queries that use different numbers of planes need different orders. An order holds only the keys that its
         # queries may see, and those double with every plane, so that all orders together hold about 2 M keys.
         for level in bits.unique().tolist():
             rows = (bits == level).any(dim=0).nonzero()[:, 0]
-            sorted_buckets, order = self._sort(ctx, documents, keys, bits, level)
-            first, last = self._find(ctx, documents, queries[:, :, rows], rows, sorted_buckets, level)
+            visible = self._visible_keys(ctx, documents, bits, level)
+            order, first, last = self._slices(documents, keys, queries[:, :, rows], rows, visible, level)
             here = (bits[:, rows] == level)[:, None, :, None, None]
             offset = sum(o.shape[-1] for o in orders)
             start[:, :, rows] = torch.where(here, first + offset, start[:, :, rows])
             end[:, :, rows] = torch.where(here, last + offset, end[:, :, rows])
             orders.append(order)
-        order = ctx.per_graph_head(torch.cat(orders, dim=-1))
-        return Ranges(order, start.to(torch.int32), end.to(torch.int32), limit=self.limit)
+        return Ranges(ctx.per_graph_head(torch.cat(orders, dim=-1)), start, end, limit=self.limit)
 
     def _prepared_keys(self, ctx: RoutingContext) -> Tensor:
         keys = ctx.shared_k.float()
@@ -122,9 +122,6 @@ class LSH(NeighborSource):
             return keys
         return center_keys(keys, ctx.key_keep, None if ctx.segments is None else ctx.segments[1], ctx.causal)
 
-    def _project(self, x: Tensor) -> Tensor:
-        return torch.einsum("bhnd,rfd->bhnrf", x, self.planes.float())
-
     def _bits_per_query(self, ctx: RoutingContext) -> Tensor:
         """Planes of every query, int64 ``[B or 1, N]``; 0 where the query gets every key it may choose."""
         first, last = ctx.span
@@ -132,53 +129,43 @@ class LSH(NeighborSource):
         bits = torch.round(torch.log2(choice.double() / self.per_bucket)).clamp(0, self.max_planes).long()
         return torch.where(choice <= self.layer.num_neighbors, 0, bits)
 
-    def _sort(
-        self, ctx: RoutingContext, documents: Documents, keys: Tensor, bits: Tensor, level: int
-    ) -> tuple[Tensor, Tensor]:
-        """Keys that queries of a level may see, by document, bucket and position.
-
-        Returns: sort values int64 ``[B, Hkv, S, L]`` and key positions int32 of the same shape.
-        """
+    def _visible_keys(self, ctx: RoutingContext, documents: Documents, bits: Tensor, level: int) -> Tensor:
+        """Keys that some query of a level may see, bool ``[B or 1, M]``."""
         first, last = ctx.span
         reach = int(torch.where(bits == level, last - first, -1).max()) + 1
         visible = documents.key_rank < reach if ctx.causal else documents.key_rank >= 0
-        if ctx.key_keep is not None:
-            visible = visible & ctx.key_keep
-        buckets = self.family.buckets(keys, level) if level else keys.new_zeros(keys.shape[:-1]).long()
-        values = buckets.movedim(-1, 2) + (documents.of_keys << level)[:, None, None, :]
-        values = torch.where(visible[:, None, None, :], values, torch.iinfo(torch.int64).max)
-        values, order = values.sort(dim=-1, stable=True)
-        longest = int(visible.sum(dim=1).max())
-        return values[..., :longest].contiguous(), order[..., :longest].to(torch.int32)
+        return visible if ctx.key_keep is None else visible & ctx.key_keep
 
-    def _find(
-        self,
-        ctx: RoutingContext,
-        documents: Documents,
-        queries: Tensor,
-        rows: Tensor,
-        sorted_values: Tensor,
-        level: int,
-    ) -> tuple[Tensor, Tensor]:
-        """First and one past the last place of each query's buckets, int64 ``[B, G, rows, S, 1 + probes]``."""
-        document = documents.of_queries[:, rows][:, None, :, None, None]
-        if level == 0:  # every key of the document, dealt out evenly to all slices
-            value = document.expand(ctx.batch, ctx.graph_heads, -1, self.rounds, 1)
-            start, end = self._search(ctx, sorted_values, value), self._search(ctx, sorted_values, value + 1)
-            slices = self.rounds * (1 + self.probes)
-            part = torch.arange(slices, device=ctx.device).view(self.rounds, 1 + self.probes)
-            width = -((start - end) // slices)
-            return torch.minimum(start + part * width, end), torch.minimum(start + (part + 1) * width, end)
-        buckets = self.family.probes(queries, level, self.probes)
-        value = buckets.clamp(min=0) + (document << level)
-        start, end = self._search(ctx, sorted_values, value), self._search(ctx, sorted_values, value + 1)
-        return start, torch.where(buckets < 0, start, end)
+    def _slices(
+        self, documents: Documents, keys: Tensor, queries: Tensor, rows: Tensor, visible: Tensor, level: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Order of the visible keys by document and bucket, and the bounds of the buckets of some queries.
 
-    def _search(self, ctx: RoutingContext, sorted_values: Tensor, values: Tensor) -> Tensor:
-        """First place in ``sorted_values [B, Hkv, S, L]`` not below ``values [B, G, n, S, P]``."""
-        by_round = values.movedim(3, 2).flatten(3).contiguous()  # [B, G, S, n·P]
-        found = torch.searchsorted(ctx.per_graph_head(sorted_values), by_round)
-        return found.unflatten(3, (values.shape[2], values.shape[4])).movedim(2, 3)
+        Returns: int32 ``[B, Hkv, S, L]`` and twice ``[B, G, rows, S, 1 + probes]``.
+        """
+        of_queries = documents.of_queries[:, rows][:, None, :, None, None] << level
+        of_keys = (documents.of_keys << level)[:, None, None, :]
+        if level:
+            key_buckets = self.family.buckets(keys, level).movedim(-1, 2) + of_keys
+            probes = self.family.probes(queries, level, self.probes)
+            query_buckets = torch.where(probes < 0, -1, probes + of_queries)
+        else:  # every key of the document
+            key_buckets = of_keys.expand(keys.shape[0], keys.shape[1], self.rounds, -1)
+            query_buckets = of_queries.expand(queries.shape[0], queries.shape[1], -1, self.rounds, 1)
+        key_buckets = torch.where(visible[:, None, None, :], key_buckets, -1)
+        order, start, end = group_keys(key_buckets, query_buckets, documents.count << level)
+        if level:
+            return order, start, end
+        # dealt out evenly to all slices, so that none repeats another and none is cut by the limit
+        part = torch.arange(self.rounds * (1 + self.probes), device=start.device, dtype=torch.int32)
+        part = part.view(self.rounds, 1 + self.probes)
+        width = -((start - end) // part.numel())
+        return order, torch.minimum(start + part * width, end), torch.minimum(start + (part + 1) * width, end)
+
+
+def _project(x: Tensor, planes: Tensor) -> Tensor:
+    """``[B, H, N, D]`` by ``[rounds, F, D]`` → ``[B, H, N, rounds, F]``."""
+    return (x @ planes.flatten(0, 1).T).unflatten(-1, planes.shape[:2])
 
 
 def _check(name: str, value: object, low: int, high: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from ssa_framework.attention import SparseAttention
 from ssa_framework.cli.demo.settings import Settings
 from ssa_framework.cli.demo.train import ByteModel
+from ssa_framework.graph import NeighborGraph
 from ssa_framework.quality import QualityReport, Timing, measure, output_difference, peak_memory, time_alternating
 from ssa_framework.transformer import SparseTransformerLayer
 
@@ -21,13 +23,14 @@ LARGEST_DIFFERENCE = 1e-5
 
 
 @dataclass(frozen=True)
-class AttentionInputs:
-    """One layer and what it sees: ``q [1, H, N, D]``, ``k, v [1, Hkv, N, D]``."""
+class LayerView:
+    """One layer, what it sees, ``q [1, H, N, D]`` and ``k, v [1, Hkv, N, D]``, and the graph that it chooses."""
 
     attention: SparseAttention
     q: Tensor
     k: Tensor
     v: Tensor
+    graph: NeighborGraph
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class LengthResult:
         return {
             "length": self.length,
             "check": {
-                "difference": self.difference,
+                "difference": self.difference if isfinite(self.difference) else None,
                 "largest_accepted": LARGEST_DIFFERENCE,
                 "passed": self.passed,
             },
@@ -82,15 +85,16 @@ class LengthResult:
 
 
 @torch.no_grad()
-def attention_inputs(model: ByteModel, tokens: Tensor) -> list[AttentionInputs]:
-    """Queries, keys and values of every layer for ``tokens [N]``."""
-    found = []
+def look_inside(model: ByteModel, tokens: Tensor) -> list[LayerView]:
+    """Every layer of the model as it reads ``tokens [N]``."""
+    views = []
     x = model.body.embed_input(tokens[None])
     for layer in cast(list[SparseTransformerLayer], model.body.layers):
-        q, k, v = layer.attn.project(layer.norm1(x))
-        found.append(AttentionInputs(layer.attn, q.contiguous(), k.contiguous(), v.contiguous()))
-        x, _ = layer(x)
-    return found
+        q, k, v = (t.contiguous() for t in layer.attn.project(layer.norm1(x)))
+        graph = layer.attn.build_graph(q, k)
+        views.append(LayerView(layer.attn, q, k, v, graph))
+        x, _ = layer(x, graph=graph)
+    return views
 
 
 @torch.no_grad()
@@ -100,19 +104,17 @@ def measure_length(
     """Check, time and judge one length. Time and memory are those of the last layer.
 
     Args:
-        on_stage: told what comes next; four times, see `STAGES`.
+        on_stage: told what comes next, in one word.
     """
-    on_stage(STAGES[0])
-    layers = attention_inputs(model, tokens)
+    on_stage("checking")
+    layers = look_inside(model, tokens)
     last = layers[-1]
-    attention, q, k, v = last.attention, last.q, last.k, last.v
-    graphs = [layer.attention.build_graph(layer.q, layer.k) for layer in layers]
-    graph = graphs[-1]
+    attention, q, k, v, graph = last.attention, last.q, last.k, last.v, last.graph
     difference = output_difference(q, k, v, graph, attention.apply_graph(q, k, v, graph), seed=settings.seed)
 
     dense_time = graph_time = attention_time = dense_bytes = sparse_bytes = None
     if difference <= LARGEST_DIFFERENCE:
-        on_stage(STAGES[1])
+        on_stage("timing")
         times = time_alternating(
             {
                 "dense": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
@@ -123,17 +125,14 @@ def measure_length(
             threads=settings.threads,
         )
         dense_time, graph_time, attention_time = times["dense"], times["graph"], times["attention"]
-        on_stage(STAGES[2])
+        on_stage("memory")
         dense_bytes = peak_memory(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True))
         sparse_bytes = peak_memory(lambda: attention.apply_graph(q, k, v, attention.build_graph(q, k)))
-    on_stage(STAGES[3])
+    on_stage("quality")
     reports = tuple(
-        measure(layer.q, layer.k, layer.v, g, recall_at=settings.recall_at, seed=settings.seed)
-        for layer, g in zip(layers, graphs, strict=True)
+        measure(layer.q, layer.k, layer.v, layer.graph, recall_at=settings.recall_at, seed=settings.seed)
+        for layer in layers
     )
     return LengthResult(
         len(tokens), difference, dense_time, graph_time, attention_time, dense_bytes, sparse_bytes, reports
     )
-
-
-STAGES = ("checking", "timing", "memory", "quality")

@@ -78,7 +78,8 @@ def _quality(result: LengthResult, settings: Settings) -> str:
     return (
         f"At N = {result.length}, the last layer's graph holds {percent(report.recall)} of the {settings.recall_at} "
         f"keys that matter most to a query and {percent(report.attention_mass)} of its attention, after scoring "
-        f"{percent(report.share_scored)} of the keys: {report.lift:.1f} times what random keys would give."
+        f"{percent(report.share_scored)} of the keys; its recall is {report.lift:.1f} times that of as many random "
+        f"keys."
     )
 
 

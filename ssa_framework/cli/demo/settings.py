@@ -20,7 +20,7 @@ LENGTHS = (512, 1024, 2048, 4096, 8192)
 class Settings:
     """Sizes of the model, its training and the measurement; everything random follows from ``seed``."""
 
-    steps: int = 250
+    steps: int = 200
     batch: int = 4
     context: int = 256
     layers: int = 2
@@ -28,10 +28,10 @@ class Settings:
     heads: int = 4
     num_neighbors: int = 64
     learning_rate: float = 3e-3
-    validation_windows: int = 32
-    validations: int = 8
+    validation_windows: int = 24
+    validations: int = 5
     lengths: tuple[int, ...] = LENGTHS
-    seconds_per_length: float = 3.0
+    seconds_per_length: float = 2.0
     passage: int = 384
     recall_at: int = 32
     threads: int = 2

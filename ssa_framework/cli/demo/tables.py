@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ssa_framework.cli.demo.bench import LengthResult
 from ssa_framework.cli.demo.settings import Settings
 from ssa_framework.cli.demo.train import Run
+from ssa_framework.quality import QualityReport
 
 _NONE = "–"
 
@@ -68,43 +69,61 @@ def cost_table(results: Sequence[LengthResult]) -> TextTable:
 
 
 def quality_table(results: Sequence[LengthResult], settings: Settings) -> TextTable:
-    names = list(results[0].quality[0].slots) if results else []
-    rows = [
-        (
-            str(r.length),
-            str(layer),
-            percent(report.recall),
-            _NONE if report.recall_beyond is None else percent(report.recall_beyond),
-            percent(report.attention_mass),
-            f"{report.output_error:.2f}",
-            f"{sum(report.keys_scored.values()):.0f}",
-            percent(report.share_scored),
-            f"{report.lift:.1f}",
-            " ".join(f"{report.slots[name]:.1f}" for name in names),
-        )
-        for r in results
-        for layer, report in enumerate(r.quality, start=1)
-    ]
     return TextTable(
         title="What the graph keeps of dense attention",
-        note=f"recall: share of the {settings.recall_at} keys with the largest weight that are neighbors; beyond: of "
-        f"those outside window and global tokens. mass: dense softmax weight on neighbors. error: "
-        f"‖o_sparse − o_dense‖ / ‖o_dense‖. keys scored: q·k computed per query, and their share of all keys before "
-        f"it. lift: recall / recall of as many keys picked at random. slots: neighbors per query, by source.",
+        note=f"recall: share of the {settings.recall_at} keys with the largest weight that are neighbors; beyond: the "
+        f"same among keys outside window and global tokens. lift: recall / expected recall of as many keys drawn at "
+        f"random. mass: dense softmax weight on neighbors. error: ‖o_sparse − o_dense‖ / ‖o_dense‖ per query.",
         headers=(
             "N",
             "layer",
             f"recall@{settings.recall_at}",
             "beyond",
-            "mass",
-            "error",
-            "keys scored",
-            "of all",
             "lift",
-            "slots: " + " ".join(names),
+            "mass",
+            "error, mean",
+            "95 % below",
         ),
-        rows=tuple(rows),
+        rows=tuple(
+            (
+                str(result.length),
+                str(layer),
+                percent(report.recall),
+                _NONE if report.recall_beyond is None else percent(report.recall_beyond),
+                f"{report.lift:.1f} ×",
+                percent(report.attention_mass),
+                f"{report.output_error:.3f}",
+                f"{report.output_error_p95:.3f}",
+            )
+            for result, layer, report in _reports(results)
+        ),
     )
+
+
+def slots_table(results: Sequence[LengthResult], settings: Settings) -> TextTable:
+    names = list(results[0].quality[0].slots) if results else []
+    return TextTable(
+        title="How the neighbors were found",
+        note=f"keys scored: q·k computed per query, and their share of the keys it may attend. The rest: neighbor "
+        f"slots per query that each source filled, of {settings.num_neighbors}.",
+        headers=("N", "layer", "keys scored", "share scored", *names, "all"),
+        rows=tuple(
+            (
+                str(result.length),
+                str(layer),
+                f"{sum(report.keys_scored.values()):.1f}",
+                percent(report.share_scored),
+                *(f"{report.slots[name]:.1f}" for name in names),
+                f"{report.degree:.1f}",
+            )
+            for result, layer, report in _reports(results)
+        ),
+    )
+
+
+def _reports(results: Sequence[LengthResult]) -> list[tuple[LengthResult, int, QualityReport]]:
+    """Every length and layer, layers counted from 1."""
+    return [(result, layer, report) for result in results for layer, report in enumerate(result.quality, start=1)]
 
 
 def seconds(value: float) -> str:

@@ -90,8 +90,9 @@ def neighbor_attention(
         graph: the neighbors.
         scale: of the scores; ``1 / sqrt(D)`` if left out.
         dropout_p: probability of dropping an attention weight; the caller passes 0 outside training.
-        fp32_weights: keep the weights of half-precision inputs in float32 up to the product with the values.
-        backend: ``"auto"`` or one of `available_backends`.
+        fp32_weights: keep the weights of half-precision inputs in float32 up to the product with the values (the
+            ``numba`` backend always does).
+        backend: ``"auto"`` (``"numba"`` on a CPU, ``"torch"`` elsewhere) or one of `available_backends`.
         dense: a full graph may be computed by torch's dense attention, which returns no ``lse``.
 
     Returns:
@@ -118,6 +119,7 @@ def neighbor_attention(
                 f"backend 'reference' stores all {elements} scores and serves at most {reference.MAX_ELEMENTS}; "
                 f"use backend='torch'"
             )
+    backend = _choose_backend(backend, q)
     seed = int(torch.randint(2**62, ())) if dropout_p > 0.0 else 0
     outs, sums = [], []
     for rows, parts in _parts_in_rows(graph):
@@ -127,7 +129,6 @@ def neighbor_attention(
                 q_rows, k, v, parts, scale=scale, dropout_p=dropout_p, fp32_weights=fp32_weights
             )
         else:
-            name = "torch" if backend == "auto" else backend
             out, lse = neighbor_attention_op(
                 q_rows,
                 k,
@@ -145,13 +146,24 @@ def neighbor_attention(
                 float(dropout_p),
                 seed + rows.start,
                 fp32_weights,
-                name,
+                backend,
             )
         outs.append(out)
         sums.append(lse)
     if len(outs) == 1:
         return outs[0], sums[0]
     return torch.cat(outs, dim=2), torch.cat(sums, dim=2)
+
+
+def _choose_backend(backend: str, q: Tensor) -> str:
+    on_cpu = q.device.type == "cpu"
+    if backend == "numba" and not on_cpu:
+        raise BackendUnavailableError(
+            f"backend 'numba' computes on the CPU, the tensors are on {q.device}; use backend='auto' or 'torch'"
+        )
+    if backend == "auto":
+        return "numba" if on_cpu else "torch"
+    return backend
 
 
 def _without_padding(k: Tensor, v: Tensor, graph: NeighborGraph) -> tuple[Tensor, Tensor]:

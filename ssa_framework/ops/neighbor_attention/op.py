@@ -5,6 +5,8 @@ Its arguments are plain tensors and numbers, so that it can be compiled and expo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,8 +15,19 @@ from torch import Tensor
 from ssa_framework.ops.neighbor_attention import torch_gather
 from ssa_framework.ops.neighbor_attention.parts import GraphParts
 
-IMPLEMENTATIONS = {"torch": torch_gather}
-"""Implementations that come as a forward and a recomputing backward function."""
+
+def _torch() -> ModuleType:
+    return torch_gather
+
+
+def _numba() -> ModuleType:
+    from ssa_framework.ops.neighbor_attention import numba_cpu  # Numba takes a moment to import
+
+    return numba_cpu
+
+
+IMPLEMENTATIONS: dict[str, Callable[[], ModuleType]] = {"numba": _numba, "torch": _torch}
+"""Modules, loaded on first use, with a ``forward`` and a recomputing ``backward`` function."""
 
 
 @torch.library.custom_op("ssa_framework::neighbor_attention", mutates_args=())
@@ -40,7 +53,7 @@ def neighbor_attention_op(
     parts = GraphParts(
         band[0], band[1], query_offset, causal, columns, neighbors, bias, key_keep, query_segments, key_segments
     )
-    return IMPLEMENTATIONS[backend].forward(
+    return IMPLEMENTATIONS[backend]().forward(
         q, k, v, parts, scale=scale, dropout_p=dropout_p, seed=seed, fp32_weights=fp32_weights
     )
 
@@ -71,7 +84,7 @@ def neighbor_attention_backward_op(
     parts = GraphParts(
         band[0], band[1], query_offset, causal, columns, neighbors, bias, key_keep, query_segments, key_segments
     )
-    return IMPLEMENTATIONS[backend].backward(
+    return IMPLEMENTATIONS[backend]().backward(
         grad_out, grad_lse, q, k, v, out, lse, parts, scale=scale, dropout_p=dropout_p, seed=seed
     )
 

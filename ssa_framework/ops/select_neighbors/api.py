@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,15 +36,30 @@ def select_neighbors(
         proposed: validated proposals (`Candidates`, `Ranges`), in the order of the sources.
         eligible: which keys may be listed.
         budget: slots per query, at least 1.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"numba"``, ``"torch"`` or ``"reference"``.
 
     Raises:
-        BudgetError: guaranteed candidates do not fit. BackendUnavailableError: too large for ``reference``.
+        BudgetError: guaranteed candidates do not fit. BackendUnavailableError: the named backend cannot serve the call.
     """
+    zeros = {p.source: torch.zeros((), dtype=torch.int64, device=q.device) for p in proposed}
+    proposed = [p for p in proposed if not _is_empty(p.proposal)]
     if not proposed or k.shape[2] == 0 or q.shape[2] == 0 or q.shape[0] == 0:
-        zero = torch.zeros((), dtype=torch.int64, device=q.device)
-        return Selection(None, {p.source: zero for p in proposed}, {p.source: zero for p in proposed})
+        return Selection(None, zeros, zeros)
     _check_guaranteed(proposed, budget)
+    chosen = _choose_backend(q, k, eligible, backend)(q, k, proposed, eligible, budget)
+    return Selection(chosen.neighbors, {**zeros, **chosen.listed}, {**zeros, **chosen.keys_scored})
+
+
+def _is_empty(proposal: Candidates | Ranges) -> bool:
+    """Whether the shapes leave room for no key at all."""
+    if isinstance(proposal, Candidates):
+        return proposal.indices.shape[-1] == 0
+    if proposal.order is not None and 0 in proposal.order.shape[2:]:
+        return True
+    return proposal.start is not None and 0 in proposal.start.shape[3:]
+
+
+def _choose_backend(q: Tensor, k: Tensor, eligible: Eligible, backend: str) -> Callable[..., Selection]:
     if backend == "reference":
         elements = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
         if elements > reference.MAX_ELEMENTS:
@@ -52,8 +67,16 @@ def select_neighbors(
                 f"backend 'reference' scores all {elements} pairs one by one and serves at most "
                 f"{reference.MAX_ELEMENTS}; use backend='torch'"
             )
-        return reference.select(q, k, proposed, eligible, budget)
-    return torch_gather.select(q, k, proposed, eligible, budget)
+        return reference.select
+    if backend in ("auto", "numba") and q.device.type == "cpu":
+        from ssa_framework.ops.select_neighbors import numba_cpu  # Numba takes a moment to import
+
+        reason = numba_cpu.unsupported(eligible)
+        if reason is None:
+            return numba_cpu.select
+        if backend == "numba":
+            raise BackendUnavailableError(f"backend 'numba' cannot select here: {reason}; use backend='auto'")
+    return torch_gather.select
 
 
 def _check_guaranteed(proposed: Sequence[Proposed], budget: int) -> None:

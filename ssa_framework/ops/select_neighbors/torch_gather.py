@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ssa_framework.ops.key_lists import cat_keys, in_band, sort_unique
-from ssa_framework.ops.select_neighbors.types import Eligible, Proposed, Selection
+from ssa_framework.ops.select_neighbors.types import Eligible, Proposed, Selection, most_listed
 from ssa_framework.proposals import Candidates, Ranges
 
 WORK_BYTES = 64 * 2**20
@@ -36,7 +36,7 @@ def select(q: Tensor, k: Tensor, proposed: Sequence[Proposed], eligible: Eligibl
         start = rows.stop
     # The width follows from shapes alone: sums over a list are rounded by its width, and no query may feel what
     # other queries found.
-    listed_width = min(budget, sum(_most(p.proposal, k.shape[2]) for p in proposed if not p.is_forced))
+    listed_width = min(budget, sum(most_listed(p.proposal, k.shape[2]) for p in proposed if not p.is_forced))
     width = max([listed_width, *(p.shape[-1] for p in pieces)])
     neighbors = torch.full((batch, graph_heads, queries, width), -1, dtype=torch.int32, device=q.device)
     start = 0
@@ -44,19 +44,6 @@ def select(q: Tensor, k: Tensor, proposed: Sequence[Proposed], eligible: Eligibl
         neighbors[:, :, start : start + piece.shape[2], : piece.shape[-1]] = piece
         start += piece.shape[2]
     return Selection(neighbors, listed, scored)
-
-
-def _most(proposal: Candidates | Ranges, keys: int) -> int:
-    """The most keys that a proposal of this shape can hold for a query."""
-    if isinstance(proposal, Candidates):
-        return min(keys, proposal.indices.shape[-1])
-    if proposal.limit is None:
-        return keys
-    if proposal.start is None:
-        slices = 1 if proposal.order is None else proposal.order.shape[2]
-    else:
-        slices = proposal.start.shape[3] * proposal.start.shape[4]
-    return min(keys, slices * proposal.limit)
 
 
 def _width(proposal: Candidates | Ranges, keys: int, start: int, queries: int) -> int:

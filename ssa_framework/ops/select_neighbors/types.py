@@ -54,3 +54,16 @@ class Selection:
     neighbors: Tensor | None
     listed: Mapping[str, Tensor]
     keys_scored: Mapping[str, Tensor]
+
+
+def most_listed(proposal: Candidates | Ranges, keys: int) -> int:
+    """The most keys that a proposal of this shape can hold for a query."""
+    if isinstance(proposal, Candidates):
+        return min(keys, proposal.indices.shape[-1])
+    if proposal.limit is None:
+        return keys
+    if proposal.start is None:
+        slices = 1 if proposal.order is None else proposal.order.shape[2]
+    else:
+        slices = proposal.start.shape[3] * proposal.start.shape[4]
+    return min(keys, slices * proposal.limit)

@@ -1,0 +1,281 @@
+"""Vectors of 64 bytes inside Numba kernels: what LLVM's loop vectoriser does not find in a gather, said explicitly.
+
+A vector holds `LANES` numbers of the dtype of the array that it is loaded from. LLVM turns each operation into
+whatever the machine has (one AVX-512 register, two of AVX2, four of NEON), so nothing here names an instruction set.
+Positions are int64 offsets into flat arrays; nothing is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import extending
+from numba.core import cgutils, types
+from numba.extending import models, register_model
+
+intrinsic: Any = extending.intrinsic  # typed as if the caller passed the typing context
+
+LANES = {np.dtype(np.float32): 16, np.dtype(np.float64): 8}
+"""Numbers in a vector; widths of tables are multiples of it."""
+
+_ROWS_AT_ONCE = 8  # accumulators and row pointers that fit the registers
+
+
+class _Vector(types.Type):
+    def __init__(self, scalar: types.Float) -> None:
+        self.scalar = scalar
+        self.lanes = 512 // scalar.bitwidth
+        super().__init__(name=f"Vector({scalar})")
+
+
+@register_model(_Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, vector: _Vector) -> None:
+        super().__init__(manager, vector, _ir_type(vector))
+
+
+def _ir_type(vector: _Vector) -> ir.VectorType:
+    return ir.VectorType(ir.FloatType() if vector.scalar.bitwidth == 32 else ir.DoubleType(), vector.lanes)
+
+
+def _int_type(vector: _Vector) -> ir.VectorType:
+    return ir.VectorType(ir.IntType(vector.scalar.bitwidth), vector.lanes)
+
+
+def _constant(type_: ir.VectorType, value: float) -> ir.Constant:
+    return ir.Constant(type_, [value] * type_.count)
+
+
+def _fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    suffix = f"v{a.type.count}f{32 if isinstance(a.type.element, ir.FloatType) else 64}"
+    function = ir.FunctionType(a.type, [a.type] * 3)
+    return builder.call(cgutils.get_or_insert_function(builder.module, function, f"llvm.fmuladd.{suffix}"), [a, b, c])
+
+
+def _pointer(context: Any, builder: ir.IRBuilder, array_type: types.Array, array: ir.Value) -> ir.Value:
+    return context.make_array(array_type)(context, builder, value=array).data
+
+
+def _load(builder: ir.IRBuilder, vector: _Vector, pointer: ir.Value, offset: ir.Value) -> ir.Value:
+    place = builder.bitcast(builder.gep(pointer, [offset]), _ir_type(vector).as_pointer())
+    return builder.load(place, align=vector.scalar.bitwidth // 8)
+
+
+def _splat(builder: ir.IRBuilder, type_: ir.VectorType, scalar: ir.Value) -> ir.Value:
+    one = builder.insert_element(ir.Constant(type_, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(one, one, _mask([0] * type_.count))
+
+
+def _mask(lanes: list[int]) -> ir.Constant:
+    return ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
+
+
+@intrinsic
+def load(typingctx: Any, array: Any, offset: Any) -> Any:
+    """``array[offset : offset + LANES]``."""
+    vector = _Vector(array.dtype)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _load(builder, vector, _pointer(context, builder, array, args[0]), args[1])
+
+    return vector(array, types.int64), codegen
+
+
+@intrinsic
+def store(typingctx: Any, array: Any, offset: Any, value: Any) -> Any:
+    """``array[offset : offset + LANES] = value``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = builder.gep(_pointer(context, builder, array, args[0]), [args[1]])
+        builder.store(args[2], builder.bitcast(place, args[2].type.as_pointer()), align=array.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, value), codegen
+
+
+@intrinsic
+def splat(typingctx: Any, array: Any, number: Any) -> Any:
+    """A vector of the dtype of ``array``, every lane ``number``."""
+    vector = _Vector(array.dtype)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _splat(builder, _ir_type(vector), args[1])
+
+    return vector(array, array.dtype), codegen
+
+
+def _elementwise(build: Callable[..., ir.Value], operands: int, doc: str) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return build(builder, *args)
+
+    def binary(typingctx: Any, a: Any, b: Any) -> Any:
+        return a(a, b), codegen
+
+    def ternary(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+        return a(a, b, c), codegen
+
+    typer = binary if operands == 2 else ternary
+    typer.__doc__ = doc
+    return intrinsic(typer)
+
+
+add = _elementwise(lambda builder, a, b: builder.fadd(a, b), 2, "a + b")
+sub = _elementwise(lambda builder, a, b: builder.fsub(a, b), 2, "a - b")
+mul = _elementwise(lambda builder, a, b: builder.fmul(a, b), 2, "a · b")
+fma = _elementwise(_fma, 3, "a · b + c")
+maximum = _elementwise(lambda builder, a, b: _larger(builder, a, b), 2, "The larger one in each lane; b if a is NaN.")
+
+
+def _larger(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+def _reduction(combine: Callable[..., ir.Value], doc: str) -> Any:
+    def typer(typingctx: Any, vector: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            value, half = args[0], vector.lanes // 2
+            while half:
+                swapped = builder.shuffle_vector(value, value, _mask([lane ^ half for lane in range(vector.lanes)]))
+                value = combine(builder, value, swapped)
+                half //= 2
+            return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
+
+        return vector.scalar(vector), codegen
+
+    typer.__doc__ = doc
+    return intrinsic(typer)
+
+
+sum_lanes = _reduction(lambda builder, a, b: builder.fadd(a, b), "The sum of all lanes.")
+max_lanes = _reduction(_larger, "The largest lane.")
+
+
+# exp(x) = 2^n · exp(r), n = round(x / ln 2), r = x - n·ln 2 with ln 2 in two pieces. Single: Cephes' expf
+# (Moshier), below 1 ulp. Double: the Taylor series, whose first dropped term is 4e-18 at |r| = ln(2) / 2.
+_EXP = {
+    32: {
+        "least": -87.33654,
+        "most": 88.37626,
+        "round": 1.5 * 2.0**23,
+        "one": 127 << 23,
+        "shift": 23,
+        "ln2": (0.693359375, -2.12194440e-4),
+        "series": (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5, 1.0, 1.0),
+    },
+    64: {
+        "least": -708.39,
+        "most": 709.0,
+        "round": 1.5 * 2.0**52,
+        "one": 1023 << 52,
+        "shift": 52,
+        "ln2": (6.93145751953125e-1, 1.42860682030941723212e-6),
+        "series": tuple(1.0 / float(np.prod(np.arange(1, n + 1, dtype=np.float64))) for n in range(13, -1, -1)),
+    },
+}
+
+
+@intrinsic
+def exp(typingctx: Any, vector: Any) -> Any:
+    """exp of each lane; 0 where the result would be subnormal, NaN stays NaN."""
+    options: dict[str, Any] = _EXP[vector.scalar.bitwidth]
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        type_, int_type = _ir_type(vector), _int_type(vector)
+
+        def number(value: float) -> ir.Constant:
+            return _constant(type_, value)
+
+        x = args[0]
+        vanishes = builder.fcmp_ordered("<", x, number(options["least"]))
+        x = builder.select(vanishes, number(0.0), x)
+        x = builder.select(builder.fcmp_ordered(">", x, number(options["most"])), number(options["most"]), x)
+        # adding 1.5 · 2^23 leaves the rounded quotient in the lowest bits, without a conversion
+        shifted = _fma(builder, x, number(1.0 / np.log(2.0)), number(options["round"]))
+        n = builder.fsub(shifted, number(options["round"]))
+        r = x
+        for piece in options["ln2"]:
+            r = _fma(builder, n, number(-piece), r)
+        series = options["series"]
+        result = number(series[0])
+        for coefficient in series[1:]:
+            result = _fma(builder, result, r, number(coefficient))
+        exponent = builder.shl(builder.bitcast(shifted, int_type), _constant(int_type, options["shift"]))
+        power = builder.bitcast(builder.add(exponent, _constant(int_type, options["one"])), type_)
+        return builder.select(vanishes, number(0.0), builder.fmul(result, power))
+
+    return vector(vector), codegen
+
+
+def _sum_each(builder: ir.IRBuilder, rows: list[ir.Value]) -> ir.Value:
+    """Vectors → one vector that holds the sum of each, in order: a transposition whose halves are added on the way."""
+    if len(rows) == 1:
+        return rows[0]
+    width = len(rows) // 2
+    return _add_halves(builder, _sum_each(builder, rows[:width]), _sum_each(builder, rows[width:]), width)
+
+
+def _add_halves(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, width: int) -> ir.Value:
+    """Partial sums of ``width`` rows in ``a`` and of as many in ``b`` → partial sums of all of them."""
+    lanes = a.type.count
+    block = lanes // 4  # lanes in 128 bits: shuffles inside them are cheapest, so they come first
+    if width < block:
+        picks = [base + pair * width for base in range(0, lanes, block) for pair in range(block // (2 * width))]
+        low = [first + lane for pick in picks for first in (pick, lanes + pick) for lane in range(width)]
+        high = [lane + block // 2 for lane in low]
+    else:
+        even = [number * block + lane for number in (0, 2) for lane in range(block)]
+        low = even + [lanes + lane for lane in even]
+        high = [lane + block for lane in low]
+    return builder.fadd(builder.shuffle_vector(a, b, _mask(low)), builder.shuffle_vector(a, b, _mask(high)))
+
+
+@intrinsic
+def dot_rows(typingctx: Any, table: Any, first: Any, width: Any, rows: Any, at: Any, x: Any, start: Any) -> Any:
+    """``LANES`` dot products: of ``x[start : start + width]`` with row ``rows[at + lane]`` of a table.
+
+    The table begins at ``table[first]``; its rows are ``width`` long, a multiple of LANES. Each load of ``x`` serves
+    several rows, and there is no horizontal sum per row.
+    """
+    vector = _Vector(table.dtype)
+    int64 = types.int64
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        base, index = (_pointer(context, builder, signature.args[i], args[i]) for i in (0, 3))
+        query = builder.gep(_pointer(context, builder, x, args[5]), [args[6]])
+        origin, length, position = args[1], args[2], args[4]
+        i64 = ir.IntType(64)
+        type_ = _ir_type(vector)
+        sums: list[ir.Value] = []
+        for group in range(0, vector.lanes, _ROWS_AT_ONCE):
+            pointers, totals = [], []
+            for lane in range(group, group + _ROWS_AT_ONCE):
+                place = builder.gep(index, [builder.add(position, ir.Constant(i64, lane))])
+                row = builder.sext(builder.load(place), i64)
+                pointers.append(builder.gep(base, [builder.add(origin, builder.mul(row, length))]))
+                totals.append(cgutils.alloca_once_value(builder, _constant(type_, 0.0)))
+            for total in totals:
+                builder.store(_constant(type_, 0.0), total)
+            step = ir.Constant(i64, vector.lanes)
+            with cgutils.for_range_slice(builder, ir.Constant(i64, 0), length, step, i64, inc=True) as (offset, _):
+                part = _load(builder, vector, query, offset)
+                for pointer, total in zip(pointers, totals, strict=True):
+                    product = _fma(builder, part, _load(builder, vector, pointer, offset), builder.load(total))
+                    builder.store(product, total)
+            sums += [builder.load(total) for total in totals]
+        return _sum_each(builder, sums)
+
+    return vector(table, int64, int64, rows, int64, x, int64), codegen
+
+
+@intrinsic
+def lanes(typingctx: Any, array: Any) -> Any:
+    """How many numbers of ``array`` a vector holds, as a constant of the compiled code."""
+    count = _Vector(array.dtype).lanes
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return context.get_constant(types.int64, count)
+
+    return types.int64(array), codegen
