@@ -111,7 +111,11 @@ def row(data: str, causal: bool, layer: int | None, routing: str, tensors: tuple
 def commit() -> str:
     """Short hash of the checkout, marked where it has uncommitted changes."""
     found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
     )
     return found.stdout.strip() or "unknown"
 

@@ -43,7 +43,8 @@ class SSAConfig:
         graph_heads: one graph per query head, or one shared by a KV group (routed by the group's mean query).
         backend: ``"auto"`` or the name of one implementation, which then serves the call or raises.
         dense_below: ``None`` computes densely only where the graph would hold every allowed key anyway; a number
-            computes densely for fewer keys than that; 0 turns both off.
+            computes densely for fewer keys than that; ``"auto"`` wherever dense attention is measured to be faster
+            on this machine, so that the layer is never slower than dense (see `ssa_framework.crossover`); 0 never.
         seed: of everything random in the sources.
         rope_base: rotary position embedding of queries and keys in self-attention with this base (usually 10000.0);
             ``None`` leaves positions to the caller, as the original project does.
@@ -65,7 +66,7 @@ class SSAConfig:
     sources: Mapping[str, Mapping[str, Any]] | None = None
     graph_heads: Literal["query", "kv"] = "query"
     backend: str = "auto"
-    dense_below: int | None = None
+    dense_below: int | Literal["auto"] | None = None
     seed: int = 0
     rope_base: float | None = None
 
@@ -85,7 +86,9 @@ class SSAConfig:
         _require_int("max_num_hashes", self.max_num_hashes, 1, 12)
         if self.num_kv_heads is not None:
             _require_int("num_kv_heads", self.num_kv_heads, 1)
-        if self.dense_below is not None:
+        if isinstance(self.dense_below, str) and self.dense_below != "auto":
+            raise ConfigError(f"dense_below must be an integer >= 0, 'auto' or None, got {self.dense_below!r}")
+        if self.dense_below is not None and not isinstance(self.dense_below, str):
             _require_int("dense_below", self.dense_below, 0)
         if self.d_model % self.num_heads:
             raise ConfigError(f"d_model ({self.d_model}) must be divisible by num_heads ({self.num_heads})")

@@ -166,7 +166,7 @@ class SourceRegistry:
             SourceNameError: the name is taken; a source of an installed plugin is never replaced.
             PluginError: ``source_class`` is not a subclass of `NeighborSource`.
         """
-        taken = self._sources.get(name)
+        taken = self._sources.get(name) if isinstance(name, str) else None
         if replace and taken is not None and taken.distribution is None:
             del self._sources[name]
         try:

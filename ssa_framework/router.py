@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ssa_framework.config import SSAConfig
+from ssa_framework.crossover import faster_dense
 from ssa_framework.errors import BudgetWarning, ConfigError, ProposalError
 from ssa_framework.graph import NeighborGraph, SourceRecord
 from ssa_framework.masks import EdgeMask
@@ -42,12 +43,13 @@ class Router(nn.Module):
         super().__init__()
         self.layer = layer_spec(config) if layer is None else layer
         self.registry = default_registry() if registry is None else registry
+        self.mix = config.source_mix
+        self.shared_by_group = config.graph_heads == "kv"
         self.dense_below = config.dense_below
-        self.backend = config.backend if config.backend == "reference" else "auto"
-        mix = config.source_mix
-        classes = {name: self.registry.get(name) for name in mix}
+        self.backend = config.backend
+        classes = {name: self.registry.get(name) for name in self.mix}
         self.sources = nn.ModuleDict(
-            {name: create_source(name, classes[name], self.layer, options) for name, options in mix.items()}
+            {name: create_source(name, classes[name], self.layer, options) for name, options in self.mix.items()}
         )
 
     def extra_repr(self) -> str:
@@ -78,6 +80,25 @@ class Router(nn.Module):
         Warns:
             BudgetWarning: band and columns alone take the whole budget.
         """
+        dense_below = self.dense_below
+        if dense_below == "auto":
+            dense = not source_inputs and faster_dense(self, q, k, causal=mask.causal, cross=cross)
+            dense_below = k.shape[2] + 1 if dense else None
+        graph = self.route(q, k, mask, cross=cross, source_inputs=source_inputs, dense_below=dense_below)
+        self.registry.graph_built(graph, self.layer)
+        return graph
+
+    def route(
+        self,
+        q: Tensor,
+        k: Tensor,
+        mask: EdgeMask,
+        *,
+        cross: bool,
+        source_inputs: Mapping[str, Any] | None = None,
+        dense_below: int | None = None,
+    ) -> NeighborGraph:
+        """`forward` with a given ``dense_below``, and unobserved."""
         inputs = dict(source_inputs or {})
         unknown = set(inputs) - set(self.sources)
         if unknown:
@@ -90,18 +111,23 @@ class Router(nn.Module):
                 f"none of the sources {', '.join(self.sources)} works across two sequences (they compare positions); "
                 f"add one that does, such as 'global', 'lsh' or 'topk'"
             )
-        if k.shape[2] and (self.dense_below or 0) > k.shape[2]:
-            graph = self._full_graph(q, k, mask, {}, credit="dense")
-        else:
-            graph = self._build(q, k, mask, active, inputs)
-        self.registry.graph_built(graph, self.layer)
-        return graph
+        if k.shape[2] and (dense_below or 0) > k.shape[2]:
+            return self._full_graph(q, k, mask, {}, credit="dense")
+        # Routing decides by comparing numbers, so it keeps the precision of what it is given.
+        with torch.autocast(q.device.type, enabled=False):
+            return self._build(q, k, mask, active, inputs, may_be_dense=dense_below != 0)
 
     def _build(
-        self, q: Tensor, k: Tensor, mask: EdgeMask, active: Mapping[str, nn.Module], inputs: Mapping[str, Any]
+        self,
+        q: Tensor,
+        k: Tensor,
+        mask: EdgeMask,
+        active: Mapping[str, nn.Module],
+        inputs: Mapping[str, Any],
+        may_be_dense: bool,
     ) -> NeighborGraph:
         keys = k.shape[2]
-        routing_q = self._routing_queries(q)
+        routing_q = self._routing_queries(q, k)
         proposals = self._collect(routing_q, k, mask, active, inputs)
         records: dict[str, SourceRecord] = {}
         for name, proposal in proposals.items():
@@ -114,7 +140,7 @@ class Router(nn.Module):
         listed = [Proposed(n, p) for n, p in proposals.items() if isinstance(p, (Candidates, Ranges))]
         budget = self.layer.num_neighbors - _width(band, columns, keys)
         everything = self._proposer_of_everything(listed, keys)
-        if everything is not None and self.dense_below != 0:
+        if everything is not None and may_be_dense:
             return self._full_graph(q, k, mask, records, credit=everything)
         if listed and budget < 1:
             budget = MIN_CONTENT_SLOTS
@@ -124,7 +150,7 @@ class Router(nn.Module):
                 BudgetWarning,
                 stacklevel=2,
             )
-        eligible = Eligible(mask, self.layer.num_heads, keys, band, columns)
+        eligible = Eligible(mask, q.shape[1], keys, band, columns)
         selection = select_neighbors(routing_q, k.detach(), listed, eligible, max(1, budget), backend=self.backend)
         for p in listed:
             scored = selection.keys_scored[p.source]
@@ -134,7 +160,7 @@ class Router(nn.Module):
         return NeighborGraph(
             batch=q.shape[0],
             num_heads=q.shape[1],
-            graph_heads=self.layer.graph_heads,
+            graph_heads=k.shape[1] if self.shared_by_group else q.shape[1],
             num_keys=keys,
             mask=mask,
             band=band,
@@ -143,22 +169,24 @@ class Router(nn.Module):
             sources=records,
         )
 
-    def _routing_queries(self, q: Tensor) -> Tensor:
+    def _routing_queries(self, q: Tensor, k: Tensor) -> Tensor:
         """``[B, H, N, D]`` → ``[B, G, N, D]``: a group that shares a graph is routed by its mean query, since the
         mean of its heads' scores is the score of their mean."""
         q = q.detach()
-        if self.layer.graph_heads == q.shape[1]:
+        if not self.shared_by_group or q.shape[1] == k.shape[1]:
             return q
-        grouped = q.unflatten(1, (self.layer.graph_heads, -1))
+        grouped = q.unflatten(1, (k.shape[1], -1))
         return grouped.mean(dim=2, dtype=q.dtype if q.dtype == torch.float64 else torch.float32).to(q.dtype)
 
     def _collect(
         self, q: Tensor, k: Tensor, mask: EdgeMask, active: Mapping[str, nn.Module], inputs: Mapping[str, Any]
     ) -> dict[str, Proposal]:
         proposals: dict[str, Proposal] = {}
-        budget = self.layer.num_neighbors
+        bands: list[Band] = []
+        listed = 0
         for name, source in active.items():
             assert isinstance(source, NeighborSource)
+            budget = self.layer.num_neighbors - _width(_unite(bands), None, k.shape[2]) - listed
             with torch.set_grad_enabled(source.learns and torch.is_grad_enabled()):
                 ctx = RoutingContext(
                     q=q,
@@ -185,11 +213,11 @@ class Router(nn.Module):
                     f"{type(source).__name__}"
                 )
             if isinstance(proposal, Band):
-                budget -= min(_clip(proposal, mask.causal).width, ctx.num_keys)
+                bands.append(_clip(proposal, mask.causal))
             elif isinstance(proposal, Columns):
-                budget -= proposal.positions.numel()
+                listed += proposal.positions.numel()
             elif isinstance(proposal, Candidates) and proposal.guaranteed:
-                budget -= proposal.indices.shape[-1]
+                listed += proposal.indices.shape[-1]
             proposals[name] = proposal
         return proposals
 
@@ -211,7 +239,7 @@ class Router(nn.Module):
         return NeighborGraph(
             batch=q.shape[0],
             num_heads=q.shape[1],
-            graph_heads=self.layer.graph_heads,
+            graph_heads=k.shape[1] if self.shared_by_group else q.shape[1],
             num_keys=keys,
             mask=mask,
             band=band,

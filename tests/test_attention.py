@@ -225,3 +225,13 @@ def test_functions_see_a_source_that_was_registered_anew() -> None:
     assert build_graph(q, q, config=config, registry=registry).degree().sum() == 200
     registry.register("mine", Nothing, replace=True)
     assert build_graph(q, q, config=config, registry=registry).degree().sum() == 0
+
+
+@pytest.mark.parametrize("mix", [{"lsh": {}}, {"topk": {}}], ids=["lsh", "topk"])
+def test_autocast_does_not_change_the_graph(mix: dict[str, dict]) -> None:
+    q, k = torch.randn(1, 2, 300, 16), torch.randn(1, 2, 300, 16)
+    config = SSAConfig(sources=mix, num_neighbors=16)
+    plain = build_graph(q, k, config=config)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        routed = build_graph(q, k, config=config)
+    assert torch.equal(plain.neighbors, routed.neighbors)

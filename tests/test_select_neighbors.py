@@ -166,7 +166,9 @@ def test_proposals_without_room_for_a_key(backend: str, empty: str) -> None:
     q = torch.randn(1, 1, 50, 4)
     none = {
         "no-candidates": Candidates(torch.empty((1, 1, 50, 0), dtype=torch.int32)),
-        "no-slices": Ranges(None, torch.empty((1, 1, 50, 1, 0), dtype=torch.int32), torch.empty((1, 1, 50, 1, 0)).int()),
+        "no-slices": Ranges(
+            None, torch.empty((1, 1, 50, 1, 0), dtype=torch.int32), torch.empty((1, 1, 50, 1, 0)).int()
+        ),
         "no-keys-in-order": Ranges(torch.empty((1, 1, 1, 0), dtype=torch.int32), None, None),
     }[empty]
     eligible = eligible_keys(1, 1, 50, 50, causal=False)
@@ -175,3 +177,27 @@ def test_proposals_without_room_for_a_key(backend: str, empty: str) -> None:
     both = select_neighbors(q, q, [Proposed("none", none), Proposed("scan", Ranges.everything())], eligible, 4, backend)
     assert int(both.listed["none"]) == 0
     assert int(both.listed["scan"]) == 200
+
+
+@pytest.mark.parametrize("proposal", ["slices", "scan", "list"])
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_scores_that_cannot_be_compared(backend: str, proposal: str) -> None:
+    """NaN, infinities and numbers too far apart to subtract: no hang, no overflow, and other queries unharmed."""
+    q, k = torch.randn(1, 1, 40, 4), torch.randn(1, 1, 40, 4)
+    what = {
+        "slices": Ranges(torch.arange(40, dtype=torch.int32).view(1, 1, 1, 40), None, None),
+        "scan": Ranges.everything(),
+        "list": Candidates(torch.arange(40, dtype=torch.int32).view(1, 1, 1, 40)),
+    }[proposal]
+    eligible = eligible_keys(1, 1, 40, 40, causal=False)
+    clean = select_neighbors(q, k, [Proposed("a", what)], eligible, 5, backend).neighbors
+    q[0, 0, 3] = float("nan")
+    q[0, 0, 4] = float("inf")
+    q[0, 0, 5] *= 1e38
+    q[0, 0, 6] = 0
+    dirty = select_neighbors(q, k, [Proposed("a", what)], eligible, 5, backend).neighbors
+    others = [n for n in range(40) if n not in (3, 4, 5, 6)]
+    assert torch.equal(clean[:, :, others], dirty[:, :, others])
+    assert dirty[0, 0, 3].tolist() == [-1] * 5
+    assert dirty[0, 0, 6].tolist() == [0, 1, 2, 3, 4]
+    assert dirty.max() < 40

@@ -83,12 +83,14 @@ def demo(
         int | None,
         typer.Option(
             min=QUICK.lengths[0],
-            max=2 * LENGTHS[-1],
+            max=LENGTHS[-1],
             help="Longest N to measure; N doubles up to it.",
             show_default=str(LENGTHS[-1]),
         ),
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's choice")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of the measurement.", show_default="torch's choice")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
 ) -> None:
     settings = replace(QUICK if quick else Settings(), threads=threads or torch.get_num_threads(), seed=seed)

@@ -20,13 +20,16 @@ def center(keys: Tensor, keep: Tensor | None, segments: Tensor | None, causal: b
     batch, _, count, _ = keys.shape
     ones = torch.ones((1, count), dtype=torch.float64, device=keys.device)
     weight = ones if keep is None else keep.to(torch.float64)
-    wide = keys.double()
     if segments is None:
         if causal:
-            mean = wide.cumsum(2).div_(weight.cumsum(1).clamp(min=1)[:, None, :, None])
+            # on the CPU torch keeps the running sum of float32 in float64 by itself
+            sums = keys.cumsum(2) if keys.device.type == "cpu" else keys.double().cumsum(2).float()
+            counts = weight.cumsum(1).clamp(min=1)[:, None, :, None]
         else:
-            mean = wide.sum(2, keepdim=True) / weight.sum(1).clamp(min=1)[:, None, None, None]
-        return keys - mean.float()
+            sums = keys.sum(2, keepdim=True, dtype=torch.float64).float()
+            counts = weight.sum(1).clamp(min=1)[:, None, None, None]
+        return torch.addcdiv(keys, sums, counts.float(), value=-1)
+    wide = keys.double()
     order = segments.expand(batch, -1).argsort(dim=1, stable=True)  # documents side by side, in their own order
     back = order.argsort(dim=1)
     ids = segments.expand(batch, -1).gather(1, order)

@@ -98,31 +98,37 @@ class CrossPolytope:
     def rows(self, bits: int) -> slice:
         return slice(0, 2 ** max(0, bits - 1)) if bits <= self.single else slice(None)
 
-    def _scores(self, projected: Tensor, bits: int) -> list[tuple[int, Tensor]]:
-        """For each polytope, its bits and the score of each of its buckets ``[..., 2^bits]``: ``±`` a coordinate."""
+    def _polytopes(self, projected: Tensor, bits: int) -> list[tuple[int, Tensor]]:
+        """For each polytope, its bits and its coordinates ``[..., 2^(bits - 1)]``."""
         rows = 2 ** (self.single - 1)
-        scores = []
-        for number, digit in enumerate(self._digits(bits)):
-            part = projected[..., number * rows : number * rows + 2 ** (digit - 1)]
-            scores.append((digit, torch.cat([part, -part], dim=-1)))
-        return scores
+        return [
+            (digit, projected[..., number * rows : number * rows + 2 ** (digit - 1)])
+            for number, digit in enumerate(self._digits(bits))
+        ]
+
+    @staticmethod
+    def _nearest_vertices(coordinates: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The ``count`` best vertices, their scores and numbers: vertex c is ``+e_c``, vertex ``c + F`` is ``-e_c``."""
+        size = coordinates.shape[-1]
+        if count > size:  # vertices on the far side, too
+            return torch.cat([coordinates, -coordinates], dim=-1).topk(min(count, 2 * size), dim=-1)
+        length = coordinates.abs()
+        score, place = length.max(dim=-1, keepdim=True) if count == 1 else length.topk(count, dim=-1)
+        return score, place + size * (coordinates.gather(-1, place) < 0)
 
     def buckets(self, projected: Tensor, bits: int) -> Tensor:
-        bucket = torch.zeros(projected.shape[:-1], dtype=torch.int64, device=projected.device)
-        for digit, scores in self._scores(projected, bits):
-            bucket = (bucket << digit) | scores.argmax(dim=-1)
-        return bucket
+        return self.probes(projected, bits, 0)[..., 0]
 
     def probes(self, projected: Tensor, bits: int, count: int) -> Tensor:
         best: Tensor | None = None
         buckets = torch.zeros((*projected.shape[:-1], 1), dtype=torch.int64, device=projected.device)
-        for digit, scores in self._scores(projected, bits):
-            value, bucket = scores.topk(min(1 + count, scores.shape[-1]), dim=-1)
+        for digit, coordinates in self._polytopes(projected, bits):
+            score, vertex = self._nearest_vertices(coordinates, 1 + count)
             if best is None:
-                best, buckets = value, bucket
+                best, buckets = score, vertex
                 continue
-            best = (best[..., :, None] + value[..., None, :]).flatten(-2)
-            buckets = ((buckets[..., :, None] << digit) | bucket[..., None, :]).flatten(-2)
+            best = (best[..., :, None] + score[..., None, :]).flatten(-2)
+            buckets = ((buckets[..., :, None] << digit) | vertex[..., None, :]).flatten(-2)
             best, place = best.topk(min(1 + count, best.shape[-1]), dim=-1)
             buckets = buckets.gather(-1, place)
         missing = 1 + count - buckets.shape[-1]

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,7 @@ def render(outcome: Outcome) -> str:
         text=outcome.text,
         findings=outcome.findings,
         training=training_table(runs, settings),
+        untrained_bits=outcome.sparse.validation[0][1] / log(2),
         cost=cost_table(outcome.results),
         quality=quality_table(outcome.results, settings),
         slots=slots_table(outcome.results, settings),

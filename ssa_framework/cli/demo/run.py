@@ -36,10 +36,12 @@ def run_demo(settings: Settings, folder: Path, console: Console) -> Outcome:
     """
     begin = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    with _threads(settings.threads):
-        text = load_text()
-        _introduce(settings, text, console)
+    text = load_text()
+    _introduce(settings, text, console)
+    # Steps of a model this small gain little from a second thread, and stall where other programs want the cores.
+    with _threads(1):
         sparse, dense = _train(settings, text, console)
+    with _threads(settings.threads):
         results = _measure(sparse.model, text, settings, console)
         with console.status("drawing the graph of a passage and writing the page"):
             passage = read_passage(sparse.model, text, settings)
@@ -103,7 +105,7 @@ def _state(run: Run) -> str:
     recent = run.train_loss[-10:]
     return (
         f"[magenta]{_sparkline(run.train_loss)}[/] {sum(recent) / len(recent) / log(2):.2f} bits/byte, "
-        f"{seconds(run.seconds / len(run.train_loss))}/step"
+        f"{seconds(run.seconds_per_step)}/step"
     )
 
 

@@ -13,14 +13,14 @@ SOURCES: dict[str, dict[str, Any]] = {
     "global": {"tokens": 4},
     "lsh": {"hash": "cross_polytope", "rounds": 4, "probes": 3, "candidates": 32},
 }
-LENGTHS = (512, 1024, 2048, 4096, 8192)
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 
 
 @dataclass(frozen=True)
 class Settings:
     """Sizes of the model, its training and the measurement; everything random follows from ``seed``."""
 
-    steps: int = 200
+    steps: int = 300
     batch: int = 4
     context: int = 256
     layers: int = 2

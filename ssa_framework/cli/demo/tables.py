@@ -26,14 +26,14 @@ class TextTable:
 def training_table(runs: Sequence[Run], settings: Settings) -> TextTable:
     return TextTable(
         title=f"Training: the same {settings.steps} batches for both",
-        note="Loss on validation text that neither model has seen.",
+        note="Loss on validation text that neither model has seen. Steps on one thread, median.",
         headers=("model", "validation loss, nats per byte", "bits per byte", "time per step"),
         rows=tuple(
             (
                 run.name,
                 f"{run.validation_loss:.3f}",
                 f"{run.bits_per_byte:.3f}",
-                seconds(run.seconds / max(1, len(run.train_loss))),
+                seconds(run.seconds_per_step),
             )
             for run in runs
         ),
@@ -44,26 +44,26 @@ def cost_table(results: Sequence[LengthResult]) -> TextTable:
     rows = []
     for r in results:
         if r.dense is None or r.sparse is None or r.graph is None or r.attention is None or r.speed is None:
-            rows.append((str(r.length), *[_NONE] * 5, "wrong result", _NONE, _NONE))
+            rows.append((str(r.length), *[_NONE] * 5, "wrong", _NONE, _NONE))
             continue
         rows.append(
             (
                 str(r.length),
                 seconds(r.dense.median),
                 seconds(r.sparse.median),
+                f"{r.speed:.2f}",
                 seconds(r.graph.median),
                 seconds(r.attention.median),
-                f"{r.speed:.2f}",
                 "ok",
-                mebibytes(r.dense_bytes),
-                mebibytes(r.sparse_bytes),
+                mebibytes(r.dense_bytes, unit=""),
+                mebibytes(r.sparse_bytes, unit=""),
             )
         )
     return TextTable(
         title="Time and peak extra memory of one attention layer, forward",
         note="sparse = building the graph + attending over it. dense / sparse above 1: sparse is faster. check: the "
         "sparse output equals dense attention under the graph's mask.",
-        headers=("N", "dense", "sparse", "graph", "attend", "dense / sparse", "check", "memory dense", "memory sparse"),
+        headers=("N", "dense", "sparse", "dense / sparse", "graph", "attend", "check", "MiB dense", "MiB sparse"),
         rows=tuple(rows),
     )
 
@@ -134,8 +134,8 @@ def seconds(value: float) -> str:
     return f"{value:.2f} s"
 
 
-def mebibytes(count: int | None) -> str:
-    return _NONE if count is None else f"{count / 2**20:.1f} MiB"
+def mebibytes(count: int | None, unit: str = " MiB") -> str:
+    return _NONE if count is None else f"{count / 2**20:.1f}{unit}"
 
 
 def percent(share: float) -> str:

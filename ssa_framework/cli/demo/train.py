@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import cos, log, pi
+from statistics import median
 from typing import Any
 
 import torch
@@ -43,7 +44,12 @@ class Run:
     optimizer: torch.optim.Optimizer
     train_loss: list[float] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
-    seconds: float = 0.0
+    step_seconds: list[float] = field(default_factory=list)
+
+    @property
+    def seconds_per_step(self) -> float:
+        """The median, since the first step may compile kernels."""
+        return median(self.step_seconds)
 
     @property
     def validation_loss(self) -> float:
@@ -57,7 +63,7 @@ class Run:
         return {
             "validation_loss_nats": self.validation_loss,
             "bits_per_byte": self.bits_per_byte,
-            "seconds_per_step": self.seconds / max(1, len(self.train_loss)),
+            "seconds_per_step": self.seconds_per_step,
             "train_loss_nats": self.train_loss,
             "validation_curve": [{"step": step, "loss_nats": loss} for step, loss in self.validation],
         }
@@ -98,7 +104,7 @@ def train(
         for run in runs:
             begin = time.perf_counter()
             run.train_loss.append(_step(run, batch, _learning_rate(step, settings)))
-            run.seconds += time.perf_counter() - begin
+            run.step_seconds.append(time.perf_counter() - begin)
             if step == settings.steps or (step % every == 0 and settings.steps - step >= every):
                 run.validation.append((step, evaluate(run.model, windows, settings.batch)))
             if on_step is not None:

@@ -40,7 +40,7 @@ def _look_up(wanted: Any, firsts: Any, s: int, start: Any, end: Any) -> None:
 
 def group(key_buckets: Tensor, query_buckets: Tensor, num_buckets: int) -> tuple[Tensor, Tensor, Tensor]:
     """See `ssa_framework.ops.group_keys.api.group_keys`."""
-    batch, heads, orders, count = key_buckets.shape
+    batch, heads, orders, _ = key_buckets.shape
     graph_heads = query_buckets.shape[1]
     group_size = graph_heads // heads
     longest = int((key_buckets >= 0).sum(-1).max()) if key_buckets.numel() else 0

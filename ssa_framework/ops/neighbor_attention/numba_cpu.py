@@ -8,6 +8,7 @@ number of threads: each row is computed by one task, in an order that only the i
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,14 +32,27 @@ _ROWS_PER_TASK = 128
 _INCOMING_AT_ONCE = 64  # edges of a key: the rows that they read twice stay in the nearest cache
 
 
+def _aligned(count: int, dtype: Any) -> Array:
+    """An empty array that starts a cache line, so that no vector lies in two: half the time of a kernel."""
+    item = np.dtype(dtype).itemsize
+    raw = np.empty(count + 64 // item, dtype)
+    start = -raw.ctypes.data % 64 // item
+    return raw[start : start + count]
+
+
 def _flat(x: Tensor, padded: int) -> Array:
     """``[.., D]`` → flat array of rows of width ``padded``; the padding is zero."""
     rows = as_array(x)
     if rows.shape[-1] != padded:
-        wide = np.zeros((*rows.shape[:-1], padded), dtype=rows.dtype)
+        wide = _aligned(rows.size // max(1, rows.shape[-1]) * padded, rows.dtype).reshape(*rows.shape[:-1], padded)
+        wide[..., rows.shape[-1] :] = 0
         wide[..., : rows.shape[-1]] = rows
         rows = wide
-    return rows.reshape(-1)
+    flat = rows.reshape(-1)
+    if flat.ctypes.data % 64:
+        flat = _aligned(flat.size, flat.dtype)
+        flat[:] = rows.reshape(-1)
+    return flat
 
 
 def _unflat(flat: Array, padded: int, like: Tensor) -> Tensor:
@@ -122,8 +136,7 @@ class _Call:
 
     def work(self, edges: int) -> Work:
         room = -(-max(edges, 1) // 16) * 16
-        integers, numbers = np.empty((2, room), np.int32), np.empty((4, room), self.dtype)
-        return Work(integers[0], integers[1], numbers[0], numbers[1], numbers[2], numbers[3])
+        return Work(_aligned(room, np.int32), _aligned(room, np.int32), *(_aligned(room, self.dtype) for _ in range(4)))
 
     def row_tasks(self, count: int) -> list[tuple[int, int, int, int]]:
         """Batch element, KV head and block of rows of each task."""
@@ -144,7 +157,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """``q [B, H, N, D]``, ``k [B, Hkv, M, D]``, ``v [B, Hkv, M, Dv]`` → ``out [B, H, N, Dv]``, ``lse [B, H, N]``."""
     call = _Call(q, k, v, parts, scale, dropout_p, seed)
-    out = np.empty(q.shape[:3].numel() * call.shape.value_width, call.dtype)
+    out = _aligned(q.shape[:3].numel() * call.shape.value_width, call.dtype)
     lse = np.empty(q.shape[:3].numel(), call.dtype)
     tasks = call.row_tasks(call.shape.queries)
 
@@ -176,11 +189,11 @@ def backward(
     """Gradients ``(q, k, v, bias)``; the last is empty where there is no bias."""
     call = _Call(q, k, v, parts, scale, dropout_p, seed)
     shape, graph, dtype = call.shape, call.graph, call.dtype
-    d_out = _flat(grad_out, shape.value_width)
+    d_out, flat_out = _flat(grad_out, shape.value_width), _flat(out, shape.value_width)
     row_lse = as_array(lse).reshape(-1)
     d_lse = as_array(grad_lse).astype(dtype, copy=False).reshape(-1)
     delta = np.empty_like(row_lse)
-    grad_q, grad_k, grad_v = (np.empty_like(table) for table in call.tables)
+    grad_q, grad_k, grad_v = (_aligned(table.size, dtype) for table in call.tables)
     grad_bias = np.zeros_like(graph.bias)
 
     # whoever shares rows of the bias belongs to one task, which adds up their gradients
@@ -199,8 +212,8 @@ def backward(
         for b in batches:
             for h in heads:
                 query_gradients(
-                    call.tables, d_out, d_lse, row_lse, graph, shape, call.dropout, call.scale, b, h, *block, work,
-                    grad_q, grad_bias, delta,
+                    call.tables, flat_out, d_out, d_lse, row_lse, graph, shape, call.dropout, call.scale, b, h, *block,
+                    work, grad_q, grad_bias, delta,
                 )  # fmt: skip
 
     parallel_for(by_queries, len(query_tasks))

@@ -27,12 +27,13 @@ from ssa_framework.ops.neighbor_attention.numba_rows import (
     list_of,
     multiply,
     query_hash,
-    scores_in_place,
     softmax_in_place,
     weights_in_place,
 )
 from ssa_framework.ops.neighbor_attention.numba_simd import fma, lanes, load, mul, splat, store, sub, sum_lanes
 from ssa_framework.ops.numba_runtime import bare_kernel, device_function
+
+_KEYS_AT_ONCE = 128
 
 
 class Work(NamedTuple):
@@ -93,20 +94,20 @@ def attend_rows(
             if count == 0:
                 lse[line] = -np.inf
                 continue
-            dot_each(x.k, table * shape.width, shape.width, work.rows, count, x.q, line * shape.width, weights)
-            scores_in_place(weights, count, scale, has_bias, work.b)
-            lse[line] = softmax_in_place(weights, count)
+            dot_each(x.k, table * shape.width, shape.width, work.rows, 0, count, x.q, line * shape.width, weights)
+            lse[line] = softmax_in_place(weights, count, scale, has_bias, work.b)
             if dropout.threshold:
                 hashed = query_hash(dropout, line)
                 for e in range(count):
                     weights[e] *= dropout_factor(dropout, hashed, work.rows[e])
             first = table * shape.value_width
-            add_rows(x.v, first, shape.value_width, work.rows, weights, count, out, line * shape.value_width)
+            add_rows(x.v, first, shape.value_width, work.rows, weights, 0, count, out, line * shape.value_width)
 
 
 @bare_kernel
 def query_gradients(
     x: Tables,
+    out: Array,
     grad_out: Array,
     grad_lse: Array,
     lse: Array,
@@ -123,13 +124,14 @@ def query_gradients(
     grad_bias: Array,
     delta: Array,
 ) -> None:
-    """Gradients of a block of queries, added gradients of their bias, and ``delta = Σ p·dp - dlse`` of each.
+    """Gradients of a block of queries, added gradients of their bias, and ``delta = out · grad_out - grad_lse``.
 
     With p the weights and dp their gradients, the gradients of the scores are ``p · (dp - delta)`` (Dao et al.,
     FlashAttention, 2022).
     """
     group = shape.heads // shape.kv_heads
     table = (batch * shape.kv_heads + kv_head) * shape.keys
+    first, value_first = table * shape.width, table * shape.value_width
     shared = shape.list_heads <= shape.kv_heads and shape.bias_heads <= 1
     has_bias = graph.bias.shape[0] > 0
     weights, grads = work.a, work.c
@@ -140,33 +142,35 @@ def query_gradients(
             if head == kv_head * group or not shared:
                 count = collect_edges(graph, shape, batch, head, row, work.rows, work.b, work.slots)
             line = (batch * shape.heads + head) * shape.queries + row
-            clear(grad_q, line * shape.width, shape.width)
+            at, value_at = line * shape.width, line * shape.value_width
+            clear(grad_q, at, shape.width)
             delta[line] = 0.0
             if count == 0:
                 continue
-            first, value_first = table * shape.width, table * shape.value_width
-            dot_each(x.k, first, shape.width, work.rows, count, x.q, line * shape.width, weights)
-            scores_in_place(weights, count, scale, has_bias, work.b)
-            weights_in_place(weights, count, lse[line])
-            dot_each(x.v, value_first, shape.value_width, work.rows, count, grad_out, line * shape.value_width, grads)
-            if dropout.threshold:
-                hashed = query_hash(dropout, line)
-                for e in range(count):
-                    grads[e] *= dropout_factor(dropout, hashed, work.rows[e])
             total = splat(weights, 0.0)
-            for e in range(0, count, step):
-                total = fma(load(weights, e), load(grads, e), total)
+            for c in range(0, shape.value_width, step):
+                total = fma(load(out, value_at + c), load(grad_out, value_at + c), total)
             delta[line] = sum_lanes(total) - grad_lse[line]
             shift = splat(weights, delta[line])
-            for e in range(0, count, step):
-                store(grads, e, mul(load(weights, e), sub(load(grads, e), shift)))
+            hashed = query_hash(dropout, line)
+            # a few keys at a time, so that they are still in the nearest cache when their sum is taken
+            for begin in range(0, count, _KEYS_AT_ONCE):
+                end = min(begin + _KEYS_AT_ONCE, count)
+                dot_each(x.k, first, shape.width, work.rows, begin, end, x.q, at, weights)
+                dot_each(x.v, value_first, shape.value_width, work.rows, begin, end, grad_out, value_at, grads)
+                weights_in_place(weights, begin, end, scale, lse[line], has_bias, work.b)
+                if dropout.threshold:
+                    for e in range(begin, end):
+                        grads[e] *= dropout_factor(dropout, hashed, work.rows[e])
+                for e in range(begin, end, step):
+                    store(grads, e, mul(load(weights, e), sub(load(grads, e), shift)))
+                add_rows(x.k, first, shape.width, work.rows, grads, begin, end, grad_q, at)
             if has_bias:
                 bias_line = bias_row(shape, batch, head, row)
                 for e in range(count):
                     if work.slots[e] >= 0:
                         grad_bias[bias_line, work.slots[e]] += grads[e]
-            add_rows(x.k, first, shape.width, work.rows, grads, count, grad_q, line * shape.width)
-            multiply(grad_q, line * shape.width, shape.width, scale)
+            multiply(grad_q, at, shape.width, scale)
 
 
 @bare_kernel
@@ -214,7 +218,7 @@ def add_incoming(
     grad_k: Array,
     grad_v: Array,
 ) -> None:
-    """Add the edges in ``work`` to the gradients of one key: ``rows``, ``b`` = lse - bias, ``d`` = delta.
+    """Add the edges in ``work`` to the gradients of one key: ``rows``, ``b`` = bias - lse, ``d`` = delta.
 
     ``lines`` is where the queries of the head begin, ``line`` the row of the key; ``grad_k`` lacks the factor scale.
     """
@@ -222,15 +226,11 @@ def add_incoming(
     step = lanes(weights)
     for e in range(count, (count + step - 1) // step * step):
         work.rows[e] = work.rows[count - 1]
-        work.b[e] = np.inf
-        work.d[e] = 0.0
     first, value_first = lines * shape.width, lines * shape.value_width
-    dot_each(x.q, first, shape.width, work.rows, count, x.k, line * shape.width, weights)
-    scores_in_place(weights, count, scale, False, weights)
-    for e in range(0, count, step):
-        store(weights, e, sub(load(weights, e), load(work.b, e)))
-    weights_in_place(weights, count, 0.0)
-    dot_each(grad_out, value_first, shape.value_width, work.rows, count, x.v, line * shape.value_width, grads)
+    at, value_at = line * shape.width, line * shape.value_width
+    dot_each(x.q, first, shape.width, work.rows, 0, count, x.k, at, weights)
+    dot_each(grad_out, value_first, shape.value_width, work.rows, 0, count, x.v, value_at, grads)
+    weights_in_place(weights, 0, count, scale, 0.0, True, work.b)
     if dropout.threshold:
         key = line % shape.keys
         for e in range(count):
@@ -240,8 +240,8 @@ def add_incoming(
     else:
         for e in range(0, count, step):
             store(grads, e, mul(load(weights, e), sub(load(grads, e), load(work.d, e))))
-    add_rows(x.q, first, shape.width, work.rows, grads, count, grad_k, line * shape.width)
-    add_rows(grad_out, value_first, shape.value_width, work.rows, weights, count, grad_v, line * shape.value_width)
+    add_rows(x.q, first, shape.width, work.rows, grads, 0, count, grad_k, at)
+    add_rows(grad_out, value_first, shape.value_width, work.rows, weights, 0, count, grad_v, value_at)
 
 
 @bare_kernel
@@ -280,10 +280,10 @@ def key_gradients(
                 for e in range(incoming.starts[member, key], incoming.starts[member, key + 1]):
                     row = int(incoming.queries[e])
                     work.rows[count] = row
-                    work.b[count] = lse[lines + row]
+                    work.b[count] = -lse[lines + row]
                     work.d[count] = delta[lines + row]
                     if graph.bias.shape[0]:
-                        work.b[count] -= graph.bias[bias_first + row, incoming.slots[e]]
+                        work.b[count] += graph.bias[bias_first + row, incoming.slots[e]]
                     count += 1
                     if count == room:
                         add_incoming(x, grad_out, shape, dropout, scale, lines, line, count, work, grad_k, grad_v)
@@ -301,7 +301,7 @@ def key_gradients(
                 if not allowed(graph, batch, row, key):
                     continue
                 work.rows[count] = row
-                work.b[count] = lse[lines + row]
+                work.b[count] = -lse[lines + row]
                 work.d[count] = delta[lines + row]
                 count += 1
                 if count == room:

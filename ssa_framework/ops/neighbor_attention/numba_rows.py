@@ -11,6 +11,7 @@ import numpy as np
 
 from ssa_framework.ops.neighbor_attention.numba_simd import (
     add,
+    copy_keys,
     dot_rows,
     exp,
     fma,
@@ -94,6 +95,28 @@ def allowed(graph: Graph, batch: int, row: int, key: int) -> bool:
 
 
 @device_function
+def collect_list(graph: Graph, shape: Shape, line: int, keys: Array, count: int) -> int:
+    """Append the filled slots of one list to ``keys``; sixteen at once where all of them are filled, or none."""
+    slots = graph.neighbors.shape[1]
+    flat = graph.neighbors.reshape(-1)
+    slot = 0
+    while slot < slots:
+        if slot + 16 <= slots:
+            filled = copy_keys(flat, line * slots + slot, keys, count, shape.keys)
+            if filled == 0xFFFF:
+                count += 16
+            if filled == 0xFFFF or filled == 0:
+                slot += 16
+                continue
+        for t in range(slot, min(slot + 16, slots)):
+            key = int(graph.neighbors[line, t])
+            keys[count] = key
+            count += 0 <= key < shape.keys
+        slot += 16
+    return count
+
+
+@device_function
 def collect_edges(
     graph: Graph, shape: Shape, batch: int, head: int, row: int, keys: Array, added: Array, slots: Array
 ) -> int:
@@ -107,10 +130,16 @@ def collect_edges(
     plain = graph.key_keep.shape[0] == 0 and graph.query_segments.shape[0] == 0
     has_bias = graph.bias.shape[0] > 0
     if graph.before >= 0:
-        for key in range(max(position - graph.before, 0), min(position + graph.after + 1, shape.keys)):
-            if plain or allowed(graph, batch, row, key):
-                keys[count] = key
-                count += 1
+        low, high = max(position - graph.before, 0), min(position + graph.after + 1, shape.keys)
+        if plain:
+            for e in range(high - low):
+                keys[e] = low + e
+            count = max(high - low, 0)
+        else:
+            for key in range(low, high):
+                if allowed(graph, batch, row, key):
+                    keys[count] = key
+                    count += 1
     for c in range(graph.columns.shape[0]):
         key = int(graph.columns[c])
         if (graph.causal and key > position) or in_band(graph, position, key):
@@ -133,10 +162,7 @@ def collect_edges(
                     keys[count], added[count], slots[count] = key, bias, slot
                     count += 1
         else:
-            for slot in range(graph.neighbors.shape[1]):
-                key = int(graph.neighbors[line, slot])
-                keys[count] = key
-                count += 0 <= key < shape.keys
+            count = collect_list(graph, shape, line, keys, count)
     if count:
         for e in range(count, (count + 15) // 16 * 16):
             keys[e] = keys[count - 1]
@@ -146,32 +172,35 @@ def collect_edges(
 
 
 @device_function
-def dot_each(table: Array, first: int, width: int, rows: Array, count: int, x: Array, start: int, out: Array) -> None:
-    """``out[e] = x[start : start + width] · row rows[e]`` for e < count, and up to a whole vector."""
-    for e in range(0, count, lanes(out)):
-        store(out, e, dot_rows(table, first, width, rows, e, x, start))
+def dot_each(
+    table: Array, first: int, width: int, rows: Array, begin: int, end: int, x: Array, at: int, out: Array
+) -> None:
+    """``out[e] = x[at : at + width] · row rows[e]`` for begin ≤ e < end, and up to a whole vector."""
+    for e in range(begin, end, lanes(out)):
+        store(out, e, dot_rows(table, first, width, rows, e, x, at))
 
 
 @device_function
 def add_rows(
-    table: Array, first: int, width: int, rows: Array, weights: Array, count: int, out: Array, at: int
+    table: Array, first: int, width: int, rows: Array, weights: Array, begin: int, end: int, out: Array, at: int
 ) -> None:
-    """``out[at : at + width] += Σ weights[e] · row rows[e]``."""
+    """``out[at : at + width] += Σ weights[e] · row rows[e]`` over begin ≤ e < end."""
+    odd = (end - begin) % 2
     step = lanes(table)
     c = 0
     while c + 4 * step <= width:  # four vectors of two rows at once: eight independent sums
         a0, a1 = load(out, at + c), load(out, at + c + step)
         a2, a3 = load(out, at + c + 2 * step), load(out, at + c + 3 * step)
         b0 = b1 = b2 = b3 = splat(table, 0.0)
-        for e in range(0, count - 1, 2):
+        for e in range(begin, end - 1, 2):
             p, w = first + int(rows[e]) * width + c, splat(table, weights[e])
             a0, a1 = fma(w, load(table, p), a0), fma(w, load(table, p + step), a1)
             a2, a3 = fma(w, load(table, p + 2 * step), a2), fma(w, load(table, p + 3 * step), a3)
             p, w = first + int(rows[e + 1]) * width + c, splat(table, weights[e + 1])
             b0, b1 = fma(w, load(table, p), b0), fma(w, load(table, p + step), b1)
             b2, b3 = fma(w, load(table, p + 2 * step), b2), fma(w, load(table, p + 3 * step), b3)
-        if count % 2:
-            p, w = first + int(rows[count - 1]) * width + c, splat(table, weights[count - 1])
+        if odd:
+            p, w = first + int(rows[end - 1]) * width + c, splat(table, weights[end - 1])
             a0, a1 = fma(w, load(table, p), a0), fma(w, load(table, p + step), a1)
             a2, a3 = fma(w, load(table, p + 2 * step), a2), fma(w, load(table, p + 3 * step), a3)
         store(out, at + c, add(a0, b0))
@@ -181,11 +210,11 @@ def add_rows(
         c += 4 * step
     while c < width:
         a, b = load(out, at + c), splat(table, 0.0)
-        for e in range(0, count - 1, 2):
+        for e in range(begin, end - 1, 2):
             a = fma(splat(table, weights[e]), load(table, first + int(rows[e]) * width + c), a)
             b = fma(splat(table, weights[e + 1]), load(table, first + int(rows[e + 1]) * width + c), b)
-        if count % 2:
-            e = count - 1
+        if odd:
+            e = end - 1
             a = fma(splat(table, weights[e]), load(table, first + int(rows[e]) * width + c), a)
         store(out, at + c, add(a, b))
         c += step
@@ -205,24 +234,25 @@ def multiply(out: Array, at: int, width: int, factor: float) -> None:
 
 
 @device_function
-def scores_in_place(scores: Array, count: int, scale: float, has_bias: bool, added: Array) -> None:
-    """Dot products → scores; -inf beyond ``count``, up to a whole vector."""
-    for e in range(0, count, lanes(scores)):
-        if has_bias:
-            store(scores, e, fma(load(scores, e), splat(scores, scale), load(added, e)))
-        else:
-            store(scores, e, mul(load(scores, e), splat(scores, scale)))
-    for e in range(count, (count + lanes(scores) - 1) // lanes(scores) * lanes(scores)):
-        scores[e] = -np.inf
+def score(dots: Any, factor: Any, has_bias: bool, added: Array, e: int) -> Any:
+    """Dot products → scores of one vector of edges."""
+    return fma(dots, factor, load(added, e)) if has_bias else mul(dots, factor)
 
 
 @device_function
-def softmax_in_place(scores: Array, count: int) -> Any:
-    """Scores → ``exp(score - lse)``; returns lse. At least one score must be above -inf."""
+def softmax_in_place(scores: Array, count: int, scale: float, has_bias: bool, added: Array) -> Any:
+    """Dot products → ``exp(score - lse)``; returns lse. There is at least one edge."""
     step = lanes(scores)
-    largest = load(scores, 0)
-    for e in range(step, count, step):
-        largest = maximum(largest, load(scores, e))
+    factor = splat(scores, scale)
+    largest = splat(scores, -np.inf)
+    for e in range(0, count, step):
+        scored = score(load(scores, e), factor, has_bias, added, e)
+        store(scores, e, scored)
+        if e + step > count:
+            for t in range(count, e + step):
+                scores[t] = -np.inf
+            scored = load(scores, e)
+        largest = maximum(largest, scored)
     top = max_lanes(largest)
     shift, total = splat(scores, top), splat(scores, 0.0)
     for e in range(0, count, step):
@@ -235,11 +265,13 @@ def softmax_in_place(scores: Array, count: int) -> Any:
 
 
 @device_function
-def weights_in_place(scores: Array, count: int, lse: float) -> None:
-    """Scores → ``exp(score - lse)``."""
-    shift = splat(scores, lse)
-    for e in range(0, count, lanes(scores)):
-        store(scores, e, exp(sub(load(scores, e), shift)))
+def weights_in_place(
+    scores: Array, begin: int, end: int, scale: float, lse: float, has_bias: bool, added: Array
+) -> None:
+    """Dot products → ``exp(score - lse)``; what lies beyond ``end`` in the last vector is meaningless."""
+    factor, shift = splat(scores, scale), splat(scores, lse)
+    for e in range(begin, end, lanes(scores)):
+        store(scores, e, exp(sub(score(load(scores, e), factor, has_bias, added, e), shift)))
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

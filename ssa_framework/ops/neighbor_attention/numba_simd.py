@@ -21,6 +21,7 @@ intrinsic: Any = extending.intrinsic  # typed as if the caller passed the typing
 LANES = {np.dtype(np.float32): 16, np.dtype(np.float64): 8}
 """Numbers in a vector; widths of tables are multiples of it."""
 
+_USUAL_WIDTH = 64
 _ROWS_AT_ONCE = 8  # accumulators and row pointers that fit the registers
 
 
@@ -246,26 +247,43 @@ def dot_rows(typingctx: Any, table: Any, first: Any, width: Any, rows: Any, at: 
         base, index = (_pointer(context, builder, signature.args[i], args[i]) for i in (0, 3))
         query = builder.gep(_pointer(context, builder, x, args[5]), [args[6]])
         origin, length, position = args[1], args[2], args[4]
-        i64 = ir.IntType(64)
-        type_ = _ir_type(vector)
-        sums: list[ir.Value] = []
-        for group in range(0, vector.lanes, _ROWS_AT_ONCE):
-            pointers, totals = [], []
-            for lane in range(group, group + _ROWS_AT_ONCE):
-                place = builder.gep(index, [builder.add(position, ir.Constant(i64, lane))])
-                row = builder.sext(builder.load(place), i64)
-                pointers.append(builder.gep(base, [builder.add(origin, builder.mul(row, length))]))
-                totals.append(cgutils.alloca_once_value(builder, _constant(type_, 0.0)))
-            for total in totals:
-                builder.store(_constant(type_, 0.0), total)
-            step = ir.Constant(i64, vector.lanes)
-            with cgutils.for_range_slice(builder, ir.Constant(i64, 0), length, step, i64, inc=True) as (offset, _):
-                part = _load(builder, vector, query, offset)
-                for pointer, total in zip(pointers, totals, strict=True):
-                    product = _fma(builder, part, _load(builder, vector, pointer, offset), builder.load(total))
-                    builder.store(product, total)
-            sums += [builder.load(total) for total in totals]
-        return _sum_each(builder, sums)
+        type_, i64 = _ir_type(vector), ir.IntType(64)
+        result = cgutils.alloca_once(builder, type_)
+
+        def row_pointer(lane: int) -> ir.Value:
+            place = builder.gep(index, [builder.add(position, ir.Constant(i64, lane))])
+            row = builder.sext(builder.load(place), i64)
+            return builder.gep(base, [builder.add(origin, builder.mul(row, length))])
+
+        usual = builder.icmp_signed("==", length, ir.Constant(i64, _USUAL_WIDTH))
+        with builder.if_else(usual) as (then, otherwise):
+            with then:  # no loop: x stays in registers, and each row is read in one go
+                offsets = [ir.Constant(i64, c) for c in range(0, _USUAL_WIDTH, vector.lanes)]
+                parts = [_load(builder, vector, query, offset) for offset in offsets]
+                sums = []
+                for lane in range(vector.lanes):
+                    pointer, total = row_pointer(lane), None
+                    for part, offset in zip(parts, offsets, strict=True):
+                        number = _load(builder, vector, pointer, offset)
+                        total = builder.fmul(part, number) if total is None else _fma(builder, part, number, total)
+                    sums.append(total)
+                builder.store(_sum_each(builder, sums), result)
+            with otherwise:
+                sums = []
+                for group in range(0, vector.lanes, _ROWS_AT_ONCE):
+                    pointers = [row_pointer(lane) for lane in range(group, group + _ROWS_AT_ONCE)]
+                    totals = [cgutils.alloca_once(builder, type_) for _ in pointers]
+                    for total in totals:
+                        builder.store(_constant(type_, 0.0), total)
+                    step = ir.Constant(i64, vector.lanes)
+                    with cgutils.for_range_slice(builder, ir.Constant(i64, 0), length, step, i64, inc=True) as (at, _):
+                        part = _load(builder, vector, query, at)
+                        for pointer, total in zip(pointers, totals, strict=True):
+                            number = _load(builder, vector, pointer, at)
+                            builder.store(_fma(builder, part, number, builder.load(total)), total)
+                    sums += [builder.load(total) for total in totals]
+                builder.store(_sum_each(builder, sums), result)
+        return builder.load(result)
 
     return vector(table, int64, int64, rows, int64, x, int64), codegen
 
@@ -279,3 +297,23 @@ def lanes(typingctx: Any, array: Any) -> Any:
         return context.get_constant(types.int64, count)
 
     return types.int64(array), codegen
+
+
+@intrinsic
+def copy_keys(typingctx: Any, source: Any, at: Any, target: Any, to: Any, bound: Any) -> Any:
+    """Copy 16 int32 from ``source[at]`` to ``target[to]``; bit t of the result: number t lies in 0 .. bound - 1."""
+    int64 = types.int64
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        i32, i64 = ir.IntType(32), ir.IntType(64)
+        keys = ir.VectorType(i32, 16)
+        places = [
+            builder.bitcast(builder.gep(_pointer(context, builder, array, args[i]), [args[i + 1]]), keys.as_pointer())
+            for array, i in ((source, 0), (target, 2))
+        ]
+        numbers = builder.load(places[0], align=4)
+        builder.store(numbers, places[1], align=4)
+        inside = builder.icmp_unsigned("<", numbers, _splat(builder, keys, builder.trunc(args[4], i32)))
+        return builder.zext(builder.bitcast(inside, ir.IntType(16)), i64)
+
+    return int64(source, int64, target, int64, int64), codegen

@@ -10,7 +10,7 @@ from torch import Tensor
 from ssa_framework.errors import BackendUnavailableError, BudgetError
 from ssa_framework.ops.select_neighbors import reference, torch_gather
 from ssa_framework.ops.select_neighbors.types import Eligible, Proposed, Selection
-from ssa_framework.proposals import Candidates
+from ssa_framework.proposals import Candidates, Ranges
 
 __all__ = ["Eligible", "Proposed", "Selection", "select_neighbors"]
 
@@ -68,15 +68,23 @@ def _choose_backend(q: Tensor, k: Tensor, eligible: Eligible, backend: str) -> C
                 f"{reference.MAX_ELEMENTS}; use backend='torch'"
             )
         return reference.select
-    if backend in ("auto", "numba") and q.device.type == "cpu":
-        from ssa_framework.ops.select_neighbors import numba_cpu  # Numba takes a moment to import
-
-        reason = numba_cpu.unsupported(eligible)
+    if backend in ("auto", "numba"):
+        reason = _why_not_numba(q, eligible)
         if reason is None:
+            from ssa_framework.ops.select_neighbors import numba_cpu  # Numba takes a moment to import
+
             return numba_cpu.select
         if backend == "numba":
             raise BackendUnavailableError(f"backend 'numba' cannot select here: {reason}; use backend='auto'")
     return torch_gather.select
+
+
+def _why_not_numba(q: Tensor, eligible: Eligible) -> str | None:
+    if q.device.type != "cpu":
+        return f"it serves CPU tensors, got {q.device}"
+    if eligible.mask.has_explicit:
+        return "attn_mask and mask_mod are looked up edge by edge, which its selection does not do"
+    return None
 
 
 def _check_guaranteed(proposed: Sequence[Proposed], budget: int) -> None:

@@ -86,7 +86,8 @@ def choose_from_slices(
         order: int32 ``[S, L]``. firsts, offsets: of `clip_slices`. scores: of `score_slices`.
         positions: int32 ``[R]``. band: int64 ``[2]``, before and after, -1 = none. columns: int32, ascending.
         key_keep: bool ``[M or 0]``. query_segments, key_segments: int64 ``[R or 0]`` and ``[M or 0]``.
-        seen: scratch, int32 ``[M]``. picked, picked_scores: scratch, longer than one query's candidates.
+        seen: scratch, int32 ``[M]``. picked, picked_scores: scratch, longer than the candidates of a query and than a
+            row of ``neighbors``.
         bits: scratch, uint64 ``[M / 64 + 1]``, zeros.
         neighbors: out, int32 ``[R, K]``, filled with -1. totals: out, int64 ``[2]``: slots filled, keys scored.
     """
@@ -96,20 +97,26 @@ def choose_from_slices(
         position = positions[r]
         _prepare(seen, r, mark, position, band, columns, key_keep, query_segments, key_segments)
         last_key = position if causal else seen.shape[0]
-        found = 0
+        # Unsigned places: an index that may be negative costs a check in each of these few instructions.
+        stamp = np.int32(mark)
+        place = np.uint64(0)
         for i in range(firsts.shape[1]):
-            place = r * firsts.shape[1] + i
-            offset, first, keys = offsets[place], firsts[r, i], order[i // slices]
-            for j in range(offsets[place + 1] - offset):
-                key = keys[first + j]
-                fresh = (seen[key] < mark) & (key <= last_key)
-                seen[key] = max(seen[key], mark)
-                picked[found] = key  # written in any case, kept if fresh: a branch here would be mispredicted
-                picked_scores[found] = scores[offset + j]
-                found += fresh
+            number = r * firsts.shape[1] + i
+            offset, first, keys = np.uint64(offsets[number]), np.uint64(firsts[r, i]), order[i // slices]
+            for j in range(np.uint64(offsets[number + 1]) - offset):
+                key = np.uint32(keys[first + j])
+                score = scores[offset + j]
+                before = seen[key]
+                # a NaN is above nothing: what cannot be compared is not listed
+                fresh = np.uint64(before < stamp) & np.uint64(np.int64(key) <= last_key) & np.uint64(score > -np.inf)
+                seen[key] = stamp if before < stamp else before
+                picked[place] = key  # written in any case, kept if fresh: a branch here would be mispredicted
+                picked_scores[place] = score
+                place += fresh
+        found = np.int64(place)
         totals[1] += found
         totals[0] += _mark_best(picked, picked_scores, found, budget, bits)
-        _unpack(bits, neighbors[r])
+        _unpack(bits, picked, neighbors[r])
 
 
 @kernel
@@ -158,7 +165,7 @@ def choose(
             if key < 0 or (causal and key > position):
                 continue
             before = seen[key]
-            if before == BLOCKED or before == mark or before == mark + 1 + owner:
+            if before in (BLOCKED, mark, mark + 1 + owner):
                 continue
             seen[key] = mark + 1 + owner
             if kinds[owner] == CONTENT:
@@ -167,6 +174,8 @@ def choose(
                 continue  # an earlier source has it
             owner_of[key] = owner
             if kinds[owner] == CONTENT:
+                if not scores[c] > -np.inf:
+                    continue  # a NaN is above nothing: what cannot be compared is not listed
                 picked[found] = key
                 picked_scores[found] = scores[c]
                 found += 1
@@ -174,14 +183,15 @@ def choose(
                 bits[key >> 6] |= np.uint64(1) << np.uint64(key & 63)
                 guaranteed += kinds[owner] == GUARANTEED
         _mark_best(picked, picked_scores, found, budget - guaranteed, bits)
-        for place in range(_unpack(bits, neighbors[r])):
+        for place in range(_unpack(bits, picked, neighbors[r])):
             listed[owner_of[neighbors[r, place]]] += 1
 
 
 @device_function
 def _mark(picked: Any, first: int, last: int, bits: Any) -> None:
     for i in range(first, last):
-        bits[picked[i] >> 6] |= np.uint64(1) << np.uint64(picked[i] & 63)
+        key = np.uint64(picked[i])
+        bits[key >> np.uint64(6)] |= np.uint64(1) << (key & np.uint64(63))
 
 
 @device_function
@@ -211,44 +221,38 @@ def _find_threshold(scores: Any, found: int, budget: int) -> Any:
     at_low, at_high = n, n
     if n == budget:
         return centre, True
-    if not (step > 0 and step < np.inf):  # equal, or not finite: the bracket is everything there is
-        low, high = scores[0], scores[0]
-        for i in range(found):
-            low, high = min(low, scores[i]), max(high, scores[i])
-        at_low, at_high = np.float32(found), _count_from(scores, found, high)
-        if at_high >= budget:
-            return high, False
-    elif n > budget:
-        while at_high >= budget:
+    if step > 0 and step < np.inf:
+        while at_high >= budget and high < np.inf:
             low, at_low = high, at_high
             high = high + step
             step = step + step
             at_high = _count_from(scores, found, high)
-    else:
-        while at_low < budget:
+        while at_low < budget and low > -np.inf:
             high, at_high = low, at_low
             low = low - step
             step = step + step
             at_low = _count_from(scores, found, low)
-    if at_low == budget:
-        return low, True
-    halve = False
-    while True:
-        # where the threshold would be if scores were spread evenly; every other time the middle, which is sure
-        share = (at_low - budget) / (at_low - at_high)
-        middle = low + (high - low) * (np.float32(0.5) if halve else share)
-        halve = not halve
-        if middle <= low or middle >= high:
-            middle = low + (high - low) / 2
-        if middle <= low or middle >= high:
-            return low, False
-        n = _count_from(scores, found, middle)
-        if n == budget:
-            return middle, True
-        if n > budget:
-            low, at_low = middle, n
-        else:
-            high, at_high = middle, n
+        if at_low == budget:
+            return low, True
+        halve = False
+        while at_low > budget and at_high < budget:
+            # where the threshold is if scores are spread evenly; every other time the middle, which is sure
+            share = (at_low - budget) / (at_low - at_high)
+            middle = low + (high - low) * (np.float32(0.5) if halve else share)
+            halve = not halve
+            if not (middle > low and middle < high):
+                middle = low + (high - low) / 2
+                if not (middle > low and middle < high):
+                    break
+            n = _count_from(scores, found, middle)
+            if n == budget:
+                return middle, True
+            if n > budget:
+                low, at_low = middle, n
+            else:
+                high, at_high = middle, n
+    # ties, or numbers too far apart to subtract
+    return np.sort(scores[:found])[found - budget], False
 
 
 @device_function
@@ -265,13 +269,12 @@ def _mark_best(picked: Any, scores: Any, found: int, budget: int, bits: Any) -> 
     threshold, exact = _find_threshold(scores, found, budget)
     if not exact:
         return _mark_with_ties(picked, scores, found, budget, threshold, bits)
-    chosen = 0
-    for i in range(found):  # written in any case, kept if it counts: a branch here would be mispredicted
-        keep = scores[i] >= threshold
-        picked[chosen] = picked[i]
-        chosen += keep
-    _mark(picked, 0, chosen, bits)
-    return chosen
+    place = np.uint64(0)
+    for i in range(np.uint64(found)):  # written in any case, kept if it counts, as above
+        picked[place] = picked[i]
+        place += np.uint64(scores[i] >= threshold)
+    _mark(picked, 0, np.int64(place), bits)
+    return int(place)
 
 
 @device_function
@@ -292,21 +295,38 @@ def _mark_with_ties(picked: Any, scores: Any, found: int, budget: int, threshold
 
 
 @device_function
-def _unpack(bits: Any, row: Any) -> int:
-    """Keys of the set bits, ascending, into ``row``; the bits are cleared. Returns how many."""
-    place = 0
+def _unpack(bits: Any, scratch: Any, row: Any) -> int:
+    """Keys of the set bits, ascending, into ``row``; the bits are cleared. Returns how many.
+
+    ``scratch`` is int32, longer than ``row``. Where most words have a bit or two, both are written without asking,
+    since a branch on the number of bits is mispredicted more often than not.
+    """
+    place = np.uint64(0)
+    crowded = bits.shape[0] < 4 * row.shape[0]
     for word in range(bits.shape[0]):
         rest = bits[word]
-        if rest == 0:
-            continue
-        bits[word] = np.uint64(0)
         base = word << 6
+        if crowded:
+            scratch[place] = base + _lowest(rest)
+            place += np.uint64(rest != 0)
+            rest &= rest - np.uint64(1)
+            scratch[place] = base + _lowest(rest)
+            place += np.uint64(rest != 0)
+            rest &= rest - np.uint64(1)
         while rest != 0:
-            lowest = rest & (~rest + np.uint64(1))
-            row[place] = base + _BIT_NUMBER[(lowest * _DE_BRUIJN) >> np.uint64(58)]
-            place += 1
-            rest ^= lowest
-    return place
+            scratch[place] = base + _lowest(rest)
+            place += np.uint64(1)
+            rest &= rest - np.uint64(1)
+    bits[:] = 0
+    found = int(place)
+    row[:found] = scratch[:found]
+    return found
+
+
+@device_function
+def _lowest(word: Any) -> Any:
+    """Number of the lowest set bit; any number if there is none."""
+    return _BIT_NUMBER[((word & (~word + np.uint64(1))) * _DE_BRUIJN) >> np.uint64(58)]
 
 
 @kernel
@@ -317,11 +337,10 @@ def score_lists(q: Any, k: Any, lists: Any, scores: Any) -> None:
         row = lists[0 if shared else r]
         for c in range(row.shape[0]):
             key = row[c]
-            total = scores[r, c] * 0
+            scores[r, c] = 0
             if key >= 0:
                 for d in range(q.shape[1]):
-                    total += q[r, d] * k[key, d]
-            scores[r, c] = total
+                    scores[r, c] += q[r, d] * k[key, d]
 
 
 @kernel
@@ -366,7 +385,7 @@ def keep_above(
         free = np.int32(0)
         for j in range(last):
             free += np.int32(1) if marks[j] < mark else np.int32(0)
-        pairs += free
+        pairs += int(free)
         threshold = thresholds[r]
         for start in range(0, last, 64):
             stop = min(start + 64, last)

@@ -34,13 +34,6 @@ _SCAN_ROWS = 256
 _SCAN_TILE = 2048
 
 
-def unsupported(eligible: Eligible) -> str | None:
-    """Why these kernels cannot serve a call, or ``None``."""
-    if eligible.mask.has_explicit:
-        return "attn_mask and mask_mod are looked up edge by edge, which the numba selection does not do"
-    return None
-
-
 @dataclass(frozen=True)
 class _Found:
     """Candidates of a block of queries: those of row r are ``offsets[r]:offsets[r + 1]``."""
@@ -300,7 +293,7 @@ def _choose(
     task: _Task, found: _Found, kinds: Array, budget: int, neighbors: Array, listed: Array, scored: Array
 ) -> None:
     count = task.k.shape[0]
-    longest = int(np.diff(found.offsets).max()) + 1
+    longest = max(int(np.diff(found.offsets).max()), neighbors.shape[1]) + 2
     choose(
         found.offsets, found.keys, found.scores, found.owners, kinds, task.positions, task.causal, task.band,
         task.columns, task.key_keep, task.query_segments, task.key_segments, budget, np.zeros(count, dtype=np.int32),
@@ -313,7 +306,7 @@ def _choose_from_slices(
     task: _Task, slices: _Slices, budget: int, neighbors: Array, listed: Array, scored: Array
 ) -> None:
     count = task.k.shape[0]
-    longest = int(np.diff(slices.offsets[:: slices.per_query]).max()) + 1
+    longest = max(int(np.diff(slices.offsets[:: slices.per_query]).max()), neighbors.shape[1]) + 2
     totals = np.zeros(2, dtype=np.int64)
     choose_from_slices(
         slices.order, slices.firsts, slices.offsets, slices.scores, task.positions, task.causal, task.band,
