@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -416,6 +417,7 @@ def test_output_difference_of_nothing() -> None:
 # -- memory ------------------------------------------------------------------------------------------------------
 
 MIB = 2**20
+PYTHON_OBJECTS = 64 * 2**10  # what the calls of the tests take besides, at most
 
 
 def megabytes(count: int) -> Tensor:
@@ -450,8 +452,13 @@ def released_before_the_peak() -> Tensor:
     ],
     ids=["nothing", "result", "together", "in turn", "released"],
 )
-def test_peak_memory_is_exact(fn: Callable[[], object], expected: int) -> None:
-    assert peak_memory(fn) == expected * MIB
+def test_peak_memory_is_exact_but_for_python_objects(fn: Callable[[], object], expected: int) -> None:
+    assert 0 <= peak_memory(fn) - expected * MIB < PYTHON_OBJECTS
+
+
+def test_peak_memory_sees_numpy_arrays_and_tensors_together() -> None:
+    held = peak_memory(lambda: (np.ones(3 * MIB, dtype=np.uint8), megabytes(2)))
+    assert 0 <= held - 5 * MIB < PYTHON_OBJECTS
 
 
 def test_peak_memory_counts_what_the_call_allocates() -> None:
@@ -461,8 +468,9 @@ def test_peak_memory_counts_what_the_call_allocates() -> None:
         held.clear()
         held.append(megabytes(8))
 
-    assert peak_memory(release_and_allocate) == 8 * MIB  # not minus the 32 that somebody else had paid for
-    assert peak_memory(lambda: held.append(megabytes(2))) == 2 * MIB
+    # not minus the 32 that somebody else had paid for
+    assert 0 <= peak_memory(release_and_allocate) - 8 * MIB < PYTHON_OBJECTS
+    assert 0 <= peak_memory(lambda: held.append(megabytes(2))) - 2 * MIB < PYTHON_OBJECTS
 
 
 def test_peak_memory_sees_the_backward_pass() -> None:

@@ -16,6 +16,7 @@ from rich.text import Text
 
 import ssa_framework
 from ssa_framework.cli import sources as sources_command
+from ssa_framework.cli.bench import bench
 from ssa_framework.cli.demo.run import run_demo
 from ssa_framework.cli.demo.settings import LENGTHS, Settings
 from ssa_framework.errors import SSAError
@@ -129,3 +130,6 @@ def sources(
         typer.echo(json.dumps(description, indent=2))
     else:
         sources_command.show(description, Console())
+
+
+app.command("bench")(bench)

@@ -8,7 +8,6 @@ import json
 import platform
 import subprocess
 import time
-import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -285,8 +284,8 @@ def _run(
     found |= _time(contestants, case.threads, min_seconds)
     stage("memory")
     found |= {
-        "dense_bytes": _peak_bytes(calls.dense, case.device),
-        "sparse_bytes": _peak_bytes(calls.sparse, case.device),
+        "dense_bytes": peak_memory(calls.dense, case.device),
+        "sparse_bytes": peak_memory(calls.sparse, case.device),
     }
     stage("quality")
     report = measure(calls.q, calls.k, calls.v, graph, recall_at=recall_at, sample=sample, seed=case.seed)
@@ -399,29 +398,6 @@ def _time(contestants: Mapping[str, Callable[[], object]], threads: int, seconds
         for name, timer in timers.items():
             measured[name].append(timer.blocked_autorange(min_run_time=block))
     return {name: Timing(tuple(Measurement.merge(readings)[0].times)) for name, readings in measured.items()}
-
-
-def _peak_bytes(run: Callable[[], object], device: str) -> int:
-    """`peak_memory`, with NumPy arrays: CPU kernels take theirs from there. Both peaks are added, so it is a bound."""
-    if torch.device(device).type != "cpu":
-        return peak_memory(run, device)
-    arrays = 0
-
-    def traced() -> object:
-        nonlocal arrays
-        tracemalloc.reset_peak()
-        before, _ = tracemalloc.get_traced_memory()
-        result = run()
-        arrays = tracemalloc.get_traced_memory()[1] - before
-        return result
-
-    was_tracing = tracemalloc.is_tracing()
-    tracemalloc.start()
-    try:
-        return peak_memory(traced) + arrays
-    finally:
-        if not was_tracing:
-            tracemalloc.stop()
 
 
 # -- where and when --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -32,8 +33,9 @@ def peak_memory(fn: Callable[[], object], device: torch.device | str = "cpu") ->
     device = torch.device(device)
     if device.type == "cuda":
         return _cuda_peak(fn, device)
-    with _quiet_kineto(), profile(profile_memory=True) as recorded:
+    with _quiet_kineto(), _traced_arrays() as arrays, profile(profile_memory=True) as recorded:
         result = fn()
+        arrays.stop()
         del result  # inside the recording, so that it is still counted when it is the peak
     assert recorded.kineto_results is not None
     held = peak = 0
@@ -41,7 +43,7 @@ def peak_memory(fn: Callable[[], object], device: torch.device | str = "cpu") ->
         if event.name() == "[memory]" and event.device_type() == DeviceType.CPU:
             held += event.nbytes()
             peak = max(peak, held)
-    return peak
+    return peak + arrays.peak
 
 
 def _cuda_peak(fn: Callable[[], object], device: torch.device) -> int:
@@ -51,6 +53,29 @@ def _cuda_peak(fn: Callable[[], object], device: torch.device) -> int:
     fn()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+class _Arrays:
+    """Bytes that Python objects and NumPy arrays took at their peak, beyond what there was before."""
+
+    def __init__(self) -> None:
+        tracemalloc.reset_peak()
+        self._before = tracemalloc.get_traced_memory()[0]
+        self.peak = 0
+
+    def stop(self) -> None:
+        self.peak = max(0, tracemalloc.get_traced_memory()[1] - self._before)
+
+
+@contextmanager
+def _traced_arrays() -> Iterator[_Arrays]:
+    was_tracing = tracemalloc.is_tracing()
+    tracemalloc.start()
+    try:
+        yield _Arrays()
+    finally:
+        if not was_tracing:
+            tracemalloc.stop()
 
 
 @contextmanager
