@@ -376,23 +376,29 @@ def keep_above(
     Returns: how many pairs were eligible.
     """
     pairs = 0
+    plain = key_keep.shape[0] == 0 and key_segments.shape[0] == 0
+    covered = columns.shape[0] + (band[0] + band[1] + 1 if band[0] >= 0 else 0)
     for r in range(tile.shape[0]):
         position = positions[r]
         mark = r + 1
         _prepare(seen, r, mark, position, band, columns, key_keep, query_segments, key_segments)
         last = min(tile.shape[1], position - first_key + 1) if causal else tile.shape[1]
         row, marks = tile[r], seen[first_key : first_key + tile.shape[1]]
-        free = np.int32(0)
+        free = np.float32(0)  # float counters vectorise to full width; exact up to 2^24
         for j in range(last):
-            free += np.int32(1) if marks[j] < mark else np.int32(0)
+            free += np.float32(1) if marks[j] < mark else np.float32(0)
         pairs += int(free)
         threshold = thresholds[r]
+        if plain and counts[r] == 0 and last > 2 * (room + covered):
+            # the best of the first tile at once: whatever comes later must beat them
+            reached, _ = _find_threshold(row, last, room + covered)
+            threshold = np.nextafter(reached, thresholds[r])  # in the direction of -inf
         for start in range(0, last, 64):
             stop = min(start + 64, last)
-            best = row[start]
+            above = np.float32(0)
             for j in range(start, stop):
-                best = max(best, row[j])
-            if not best > threshold:
+                above += np.float32(1) if row[j] > threshold else np.float32(0)
+            if above == 0:
                 continue
             for j in range(start, stop):
                 if row[j] > threshold and marks[j] < mark:
@@ -409,20 +415,24 @@ def keep_above(
 
 @device_function
 def _halve(keys: Any, scores: Any, room: int) -> Any:
-    """Keep the best ``room`` of ``2·room`` ascending keys, in order, and return the lowest score kept."""
-    ordered = np.sort(scores[: 2 * room])
-    threshold = ordered[room]
-    above = 0
-    for i in range(2 * room):
-        above += scores[i] > threshold
-    ties = room - above
+    """Keep the best ``room`` of ``2·room`` ascending keys, in order. Returns a score that later keys must exceed."""
+    threshold, exact = _find_threshold(scores, 2 * room, room)
+    ties = 0
+    if not exact:
+        ties = room
+        for i in range(2 * room):
+            ties -= scores[i] > threshold
     place = 0
     for i in range(2 * room):
-        keep = scores[i] > threshold
-        if not keep and scores[i] == threshold and ties > 0:
+        keep = scores[i] >= threshold if exact else scores[i] > threshold
+        if not keep and ties > 0 and scores[i] == threshold:
             keep = True
             ties -= 1
         if keep:
             keys[place], scores[place] = keys[i], scores[i]
             place += 1
+    if exact:  # a later key that equals the lowest score kept loses to it, and so does one below
+        threshold = scores[0]
+        for i in range(room):
+            threshold = min(threshold, scores[i])
     return threshold

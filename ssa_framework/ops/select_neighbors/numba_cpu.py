@@ -30,8 +30,8 @@ Array = np.ndarray[Any, Any]
 _BLOCK_ROWS = 8192
 _BLOCK_CANDIDATES = 2**22
 """Most candidates of one block of queries: 16 MiB of scores. Larger blocks hold more queries that share a slice."""
-_SCAN_ROWS = 256
-_SCAN_TILE = 2048
+_SCAN_ROWS = 128
+_SCAN_TILE = 4096
 
 
 @dataclass(frozen=True)
