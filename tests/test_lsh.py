@@ -25,9 +25,9 @@ def recall_at_32(q: torch.Tensor, k: torch.Tensor, graph) -> float:
     return graph.to_dense_mask().gather(-1, top).float().mean().item()
 
 
-@pytest.mark.parametrize(("keys", "expected"), [(0, 1), (128, 1), (1024, 3), (8192, 6), (10**9, 12)])
+@pytest.mark.parametrize(("keys", "expected"), [(1, 0), (128, 0), (182, 1), (1024, 3), (8192, 6), (10**9, 12)])
 def test_adaptive_planes(keys: int, expected: int) -> None:
-    assert num_planes(keys, 128, 12) == expected
+    assert num_planes(torch.tensor([keys]), 128, 12).tolist() == [expected]
 
 
 def test_flip_sets_are_the_cheapest_in_order() -> None:

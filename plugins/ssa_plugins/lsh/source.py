@@ -14,11 +14,15 @@ from ssa_plugins.lsh.documents import Documents
 from ssa_plugins.lsh.hashing import CrossPolytope, HashFamily, Hyperplane
 
 
-def num_planes(keys: int, candidates: int, max_planes: int, min_planes: int = 1) -> int:
-    """Adaptive number of hash planes ``clamp(round(log2(M / C)), min, max)``: a bucket then holds about C keys."""
-    if keys <= 0 or candidates <= 0:
-        return min_planes
-    return max(min_planes, min(max_planes, round(math.log2(keys / candidates))))
+def num_planes(keys: Tensor, per_bucket: float, max_planes: int) -> Tensor:
+    """Adaptive number of hash planes, ``clamp(round(log2(M / C)), 0, max)``: a bucket then holds about C keys.
+
+    Args:
+        keys: how many keys there are to choose from, integers of any shape, at least 1. per_bucket: C.
+
+    Returns: int64 of the same shape.
+    """
+    return torch.round(torch.log2(keys.double() / per_bucket)).clamp(0, max_planes).long()
 
 
 class LSH(NeighborSource):
@@ -126,8 +130,7 @@ class LSH(NeighborSource):
         """Planes of every query, int64 ``[B or 1, N]``; 0 where the query gets every key it may choose."""
         first, last = ctx.span
         choice = (last - first + 1).clamp(min=1)
-        bits = torch.round(torch.log2(choice.double() / self.per_bucket)).clamp(0, self.max_planes).long()
-        return torch.where(choice <= self.layer.num_neighbors, 0, bits)
+        return torch.where(choice <= self.layer.num_neighbors, 0, num_planes(choice, self.per_bucket, self.max_planes))
 
     def _visible_keys(self, ctx: RoutingContext, documents: Documents, bits: Tensor, level: int) -> Tensor:
         """Keys that some query of a level may see, bool ``[B or 1, M]``."""
