@@ -37,7 +37,8 @@ class SSAConfig:
         global_token_indices: these keys instead of the leading ones; clamped to the sequence.
         dropout: probability of dropping an attention weight in training.
         causal: no key after its query (self-attention only).
-        fp32_attn_weights: keep attention weights in float32 up to the product with the values.
+        fp32_attn_weights: keep attention weights in float32 up to the product with the values, where a backend would
+            round them to the dtype of the values (``numba`` never does).
         sources: the source mix, an ordered mapping from source name to its options. ``None`` builds it from the flat
             fields above: self, window, global, lsh.
         graph_heads: one graph per query head, or one shared by a KV group (routed by the group's mean query).

@@ -79,7 +79,7 @@ def select(q: Tensor, k: Tensor, proposed: Sequence[Proposed], eligible: Eligibl
     if eligible.mask.key_keep is not None:  # what stands in the padding may be NaN, which compares with nothing
         k = k.masked_fill(~eligible.mask.key_keep[:, None, :, None], 0.0)
     q_array, k_array, out = as_array(q), as_array(k), neighbors.numpy()
-    tables = _Tables(eligible, budget)
+    tables = _Tables(eligible)
     listed = np.zeros((batch * heads * len(blocks), len(ordered)), dtype=np.int64)
     scored = np.zeros_like(listed)
     group = heads // k.shape[1]
@@ -111,7 +111,7 @@ def select(q: Tensor, k: Tensor, proposed: Sequence[Proposed], eligible: Eligibl
 class _Tables:
     """The eligible keys as arrays."""
 
-    def __init__(self, eligible: Eligible, budget: int) -> None:
+    def __init__(self, eligible: Eligible) -> None:
         mask = eligible.mask
         self.causal = mask.causal
         self.positions = mask.positions.numpy()
