@@ -3,6 +3,7 @@
 from ssa_framework.errors import BudgetError, ConfigError, MissingExtraError, SSAError
 from ssa_framework.hookspecs import ENTRY_POINT_GROUP, hookimpl
 from ssa_framework.ops.group_keys import group_keys
+from ssa_framework.ops.lsh_slices import HashLevels, lsh_slices
 from ssa_framework.proposals import Band, Candidates, Columns, Proposal, Ranges
 from ssa_framework.registry import Registrar
 from ssa_framework.source import LayerSpec, NeighborSource, RoutingContext
@@ -14,6 +15,7 @@ __all__ = [
     "Candidates",
     "Columns",
     "ConfigError",
+    "HashLevels",
     "LayerSpec",
     "MissingExtraError",
     "NeighborSource",
@@ -24,4 +26,5 @@ __all__ = [
     "SSAError",
     "group_keys",
     "hookimpl",
+    "lsh_slices",
 ]

@@ -122,31 +122,66 @@ class RoutingContext:
         return first, last
 
     @cached_property
+    def documents(self) -> tuple[Tensor, Tensor, int] | None:
+        """Numbers of the documents of every query and key, int32 ``[B or 1, N]`` and ``[B or 1, M]``, and how many
+        numbers there are; ``None`` = one document. A query whose document has no key has the number -1.
+
+        On a CPU the numbers are as few as there are documents; elsewhere there may be as many as keys, since counting
+        the documents would wait for the device.
+        """
+        if self.segments is None:
+            return None
+        query_ids, key_ids = self.segments
+        if self.num_keys == 0:
+            return torch.full_like(query_ids, -1, dtype=torch.int32), key_ids.int(), 1
+        rows = max(query_ids.shape[0], key_ids.shape[0])
+        in_order, place = key_ids.expand(rows, -1).sort(dim=1)
+        fresh = torch.ones_like(in_order, dtype=torch.int32)
+        fresh[:, 1:] = in_order[:, 1:] != in_order[:, :-1]
+        numbers = fresh.cumsum(1, dtype=torch.int32) - 1
+        of_keys = torch.empty_like(numbers).scatter_(1, place, numbers)
+        found = torch.searchsorted(in_order, query_ids.expand(rows, -1).contiguous()).clamp(max=self.num_keys - 1)
+        known = in_order.gather(1, found) == query_ids
+        of_queries = torch.where(known, numbers.gather(1, found), -1)
+        count = int(numbers[:, -1].max()) + 1 if self.device.type == "cpu" else self.num_keys
+        return of_queries, of_keys, count
+
+    @cached_property
+    def key_bounds(self) -> tuple[Tensor, Tensor]:
+        """First and last real key position of each key's document, int32 ``[B or 1, M or 1]``; last < first where a
+        document is all padding."""
+        keys = torch.arange(self.num_keys, dtype=torch.int32, device=self.device)[None]
+        low = keys if self.key_keep is None else torch.where(self.key_keep, keys, self.num_keys)
+        high = keys if self.key_keep is None else torch.where(self.key_keep, keys, -1)
+        if self.num_keys == 0:
+            return keys.new_zeros((1, 1)), keys.new_full((1, 1), -1)
+        if self.documents is None:
+            return low.amin(1, keepdim=True), high.amax(1, keepdim=True)
+        _, of_keys, count = self.documents
+        rows = max(of_keys.shape[0], low.shape[0])
+        of_keys = of_keys.expand(rows, -1).long()
+        first = torch.full((rows, count), self.num_keys, dtype=torch.int32, device=self.device)
+        last = torch.full((rows, count), -1, dtype=torch.int32, device=self.device)
+        first.scatter_reduce_(1, of_keys, low.expand(rows, -1), "amin")
+        last.scatter_reduce_(1, of_keys, high.expand(rows, -1), "amax")
+        return first.gather(1, of_keys), last.gather(1, of_keys)
+
+    @cached_property
     def document_bounds(self) -> tuple[Tensor, Tensor]:
         """First and last real key position of each query's document, int32 ``[B or 1, N]``."""
-        keys = torch.arange(self.num_keys, dtype=torch.int32, device=self.device)[None]
-        if self.key_keep is not None:
-            low = torch.where(self.key_keep, keys, self.num_keys)
-            high = torch.where(self.key_keep, keys, -1)
-        else:
-            low = high = keys
-        if self.segments is None:
-            shape = (low.shape[0], self.num_queries)
-            first = low.amin(1, keepdim=True) if self.num_keys else low.new_zeros((1, 1))
-            last = high.amax(1, keepdim=True) if self.num_keys else low.new_full((1, 1), -1)
-            return first.expand(shape), last.expand(shape)
-        query_ids, key_ids = self.segments
-        rows = max(query_ids.shape[0], key_ids.shape[0], low.shape[0])
-        query_ids, key_ids = query_ids.expand(rows, -1), key_ids.expand(rows, -1)
-        ids = torch.cat([query_ids, key_ids], dim=1)
-        _, compact = torch.unique(ids, return_inverse=True)
-        query_ids, key_ids = compact[:, : self.num_queries], compact[:, self.num_queries :]
-        slots = int(compact.max()) + 1 if compact.numel() else 1
-        first = torch.full((rows, slots), self.num_keys, dtype=torch.int32, device=self.device)
-        last = torch.full((rows, slots), -1, dtype=torch.int32, device=self.device)
-        first.scatter_reduce_(1, key_ids, low.expand(rows, -1), "amin")
-        last.scatter_reduce_(1, key_ids, high.expand(rows, -1), "amax")
-        return first.gather(1, query_ids), last.gather(1, query_ids)
+        first, last = self.key_bounds
+        if self.documents is None:
+            return first.expand(-1, self.num_queries), last.expand(-1, self.num_queries)
+        of_queries, of_keys, count = self.documents
+        rows = max(of_keys.shape[0], first.shape[0])
+        of_queries, of_keys = of_queries.expand(rows, -1).long(), of_keys.expand(rows, -1).long()
+
+        def of_documents(bound: Tensor, nothing: int) -> Tensor:
+            table = torch.full((rows, count), nothing, dtype=torch.int32, device=self.device)
+            table.scatter_(1, of_keys, bound.expand(rows, -1))
+            return torch.where(of_queries < 0, nothing, table.gather(1, of_queries.clamp(min=0)))
+
+        return of_documents(first, self.num_keys), of_documents(last, -1)
 
 
 class NeighborSource(nn.Module):

@@ -7,10 +7,11 @@ import torch
 
 from ssa_framework import SparseAttention, SSAConfig, build_graph
 from ssa_framework.errors import ConfigError
+from ssa_framework.ops.lsh_slices.centering import center_keys
+from ssa_framework.ops.lsh_slices.families import CrossPolytope, Hyperplane
+from ssa_framework.ops.lsh_slices.probing import flip_sets
 from ssa_plugins.lsh import LSH, num_planes
-from ssa_plugins.lsh.centering import center
-from ssa_plugins.lsh.hashing import CrossPolytope, Hyperplane
-from ssa_plugins.lsh.probing import flip_sets
+from ssa_plugins.lsh.directions import directions
 
 FAMILIES = {"hyperplane": Hyperplane(12), "cross_polytope": CrossPolytope(12, 32)}
 
@@ -45,9 +46,10 @@ def test_flip_sets_are_the_cheapest_in_order() -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 5, 6, 7, 9, 12])
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
-def test_probes_start_at_the_own_bucket_and_never_repeat(family, bits: int) -> None:
-    weight = family.weight(3, 32, torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("name", FAMILIES)
+def test_probes_start_at_the_own_bucket_and_never_repeat(name: str, bits: int) -> None:
+    family = FAMILIES[name]
+    weight = directions(name, 3, 12, 32, torch.Generator().manual_seed(1))
     projected = torch.einsum("nd,rfd->nrf", torch.randn(50, 32), weight)
     own = family.buckets(projected, bits)
     probes = family.probes(projected, bits, 10)
@@ -71,9 +73,9 @@ def test_cross_polytope_buckets_are_signed_coordinates() -> None:
     assert CrossPolytope(3, 4).probes(projected, 3, 2).tolist() == [[5, 2, 3]]
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_directions_are_orthonormal(family) -> None:
-    weight = family.weight(2, 32, torch.Generator().manual_seed(0))
+    weight = directions(family, 2, 12, 32, torch.Generator().manual_seed(0))
     rows = weight[:, : min(32, weight.shape[1] // (1 if weight.shape[1] <= 32 else 2))]
     torch.testing.assert_close(rows @ rows.transpose(-1, -2), torch.eye(rows.shape[1]).expand(2, -1, -1))
 
@@ -83,7 +85,7 @@ def test_causal_mean_is_the_mean_of_the_past() -> None:
     keep = torch.ones(2, 20, dtype=torch.bool)
     keep[1, :6] = False
     keys = keys.masked_fill(~keep[:, None, :, None], 0.0)
-    centred = center(keys, keep, None, causal=True)
+    centred = center_keys(keys, keep, None, causal=True)
     torch.testing.assert_close(centred[0, 0, 9], keys[0, 0, 9] - keys[0, 0, :10].mean(0))
     torch.testing.assert_close(centred[1, 0, 9], keys[1, 0, 9] - keys[1, 0, 6:10].mean(0))
 
@@ -92,10 +94,10 @@ def test_causal_mean_is_the_mean_of_the_past() -> None:
 def test_documents_are_centred_on_their_own(causal: bool) -> None:
     keys = torch.randn(1, 2, 30, 4)
     ids = torch.tensor([[0] * 7 + [5] * 11 + [2] * 12])
-    packed = center(keys, None, ids, causal)
+    packed = center_keys(keys, None, ids, causal)
     for document in (0, 5, 2):
         mine = ids[0] == document
-        alone = center(keys[:, :, mine], None, None, causal)
+        alone = center_keys(keys[:, :, mine], None, None, causal)
         torch.testing.assert_close(packed[:, :, mine], alone)
 
 

@@ -203,6 +203,20 @@ def parallel_for(body: Callable[[int], object], count: int) -> None:
             future.result()
 
 
+_scratch = threading.local()
+
+
+def scratch(name: str, size: int, dtype: Any) -> np.ndarray[Any, Any]:
+    """An array of ``size`` numbers that this thread keeps under ``name`` and hands out again, not initialised.
+
+    For work space that every task needs anew: mapping fresh pages costs more than many a kernel.
+    """
+    kept = _scratch.__dict__.get(name)
+    if kept is None or kept.size < size or kept.dtype != dtype:
+        kept = _scratch.__dict__[name] = np.empty(size, dtype)
+    return kept[:size]
+
+
 def as_array(x: Tensor) -> np.ndarray[Any, Any]:
     """A contiguous NumPy view of a CPU tensor, or a copy: half precision becomes float32, other strides contiguous."""
     x = x.detach()

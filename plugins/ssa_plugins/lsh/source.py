@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ssa_framework.plugin import ConfigError, LayerSpec, NeighborSource, Ranges, RoutingContext, group_keys
-from ssa_plugins.lsh.centering import center as center_keys
-from ssa_plugins.lsh.documents import Documents
-from ssa_plugins.lsh.hashing import CrossPolytope, HashFamily, Hyperplane
+from ssa_framework.plugin import (
+    ConfigError,
+    HashLevels,
+    LayerSpec,
+    NeighborSource,
+    Ranges,
+    RoutingContext,
+    lsh_slices,
+)
+from ssa_plugins.lsh.directions import HashName, directions, most_bits
 
 
 def num_planes(keys: Tensor, per_bucket: float, max_planes: int) -> Tensor:
@@ -57,7 +62,7 @@ class LSH(NeighborSource):
         rounds: int = 8,
         probes: int = 0,
         max_planes: int = 12,
-        hash: Literal["hyperplane", "cross_polytope"] = "hyperplane",
+        hash: HashName = "hyperplane",
         center: bool = True,
         candidates: int | None = None,
         limit: int | None = None,
@@ -78,15 +83,10 @@ class LSH(NeighborSource):
         self.center = center
         self.per_bucket = candidates / (1 + probes)
         self.limit = math.ceil(2 * self.per_bucket) if limit is None else limit
-        self.hash = hash
-        if hash == "hyperplane":
-            self.max_planes = max_planes
-            self.family: HashFamily = Hyperplane(max_planes)
-        else:
-            self.max_planes = min(max_planes, 2 * (1 + int(math.log2(layer.head_dim))))
-            self.family = CrossPolytope(self.max_planes, layer.head_dim)
+        self.hash: HashName = hash
+        self.max_planes = min(max_planes, most_bits(hash, layer.head_dim))
         generator = torch.Generator().manual_seed(layer.seed if seed is None else seed)
-        self.register_buffer("planes", self.family.weight(rounds, layer.head_dim, generator))
+        self.register_buffer("planes", directions(hash, rounds, self.max_planes, layer.head_dim, generator))
 
     def extra_repr(self) -> str:
         return f"hash={self.hash}, rounds={self.rounds}, probes={self.probes}, limit={self.limit}"
@@ -94,81 +94,67 @@ class LSH(NeighborSource):
     def propose(self, ctx: RoutingContext) -> Ranges:
         if ctx.num_keys <= self.layer.num_neighbors:
             return Ranges.everything()  # all of them fit the budget; there is nothing to choose
-        if not bool(torch.isfinite(self.planes).all()):
-            raise ConfigError("lsh: hash planes are not finite; the buffer 'planes' was overwritten with NaN or inf")
-        documents = Documents.of(ctx)
-        bits = self._bits_per_query(ctx)
-        planes = self.planes.float()[:, self.family.rows(int(bits.max()))]
-        keys = _project(self._prepared_keys(ctx), planes)  # [B, Hkv, M, S, F]
-        queries = _project(ctx.q.float(), planes)  # [B, G, N, S, F]
-        shape = (ctx.batch, ctx.graph_heads, ctx.num_queries, self.rounds, 1 + self.probes)
-        start = torch.zeros(shape, dtype=torch.int32, device=ctx.device)
-        end = torch.zeros(shape, dtype=torch.int32, device=ctx.device)
-        orders: list[Tensor] = []
+        order, start, end = lsh_slices(
+            ctx.q,
+            ctx.shared_k,
+            self.planes,
+            self._levels(ctx),
+            family=self.hash,
+            probes=self.probes,
+            center=self.center,
+        )
+        return Ranges(ctx.per_graph_head(order), start, end, limit=self.limit)
+
+    def _bits(self, choice: Tensor) -> Tensor:
+        """Planes of a query that may choose from so many keys; 0 where it gets all of them, -1 where there is none."""
+        bits = num_planes(choice.clamp(min=1), self.per_bucket, self.max_planes).int()
+        bits = torch.where(choice <= self.layer.num_neighbors, 0, bits)
+        return torch.where(choice < 1, -1, bits)
+
+    def _levels(self, ctx: RoutingContext) -> HashLevels:
         # Queries that use different numbers of planes need different orders. An order holds only the keys that its
         # queries may see, and those double with every plane, so that all orders together hold about 2 M keys.
-        for level in bits.unique().tolist():
-            rows = (bits == level).any(dim=0).nonzero()[:, 0]
-            visible = self._visible_keys(ctx, documents, bits, level)
-            order, first, last = self._slices(documents, keys, queries[:, :, rows], rows, visible, level)
-            here = (bits[:, rows] == level)[:, None, :, None, None]
-            offset = sum(o.shape[-1] for o in orders)
-            start[:, :, rows] = torch.where(here, first + offset, start[:, :, rows])
-            end[:, :, rows] = torch.where(here, last + offset, end[:, :, rows])
-            orders.append(order)
-        return Ranges(ctx.per_graph_head(torch.cat(orders, dim=-1)), start, end, limit=self.limit)
-
-    def _prepared_keys(self, ctx: RoutingContext) -> Tensor:
-        keys = ctx.shared_k.float()
+        first, last = ctx.span
+        queries = self._bits(last - first + 1)
+        fewest, most = queries.amin(), queries.amax()
+        keys = torch.arange(ctx.num_keys, dtype=torch.int32, device=ctx.device)[None]
+        low, high = ctx.key_bounds
+        rank, size = keys - low, high - low + 1
+        of_document = self._bits(size).expand(-1, ctx.num_keys)
+        of_first = self._bits(rank + 1) if ctx.causal else of_document
+        of_first, of_document = torch.maximum(of_first, fewest), torch.minimum(of_document, most)
         if ctx.key_keep is not None:
-            keys = keys.masked_fill(~ctx.key_keep[:, None, :, None], 0.0)
-        if not self.center:
+            of_document = torch.where(ctx.key_keep, of_document, -2)  # below every first: in no order
+        documents = ctx.documents
+        return HashLevels(
+            queries=queries,
+            first=of_first,
+            last=of_document,
+            most=self._most_bits(ctx.num_keys),
+            query_documents=None if documents is None else documents[0],
+            key_documents=None if documents is None else documents[1],
+            num_documents=1 if documents is None else documents[2],
+            key_keep=ctx.key_keep,
+            causal=ctx.causal,
+            longest=self._longest(ctx),
+        )
+
+    def _most_bits(self, keys: int) -> int:
+        """`_bits` of the largest choice, on the host."""
+        if keys <= self.layer.num_neighbors:
+            return 0
+        return min(max(round(math.log2(keys / self.per_bucket)), 0), self.max_planes)
+
+    def _longest(self, ctx: RoutingContext) -> int:
+        """No more keys than this stand in all orders together."""
+        keys, most = ctx.num_keys, self._most_bits(ctx.num_keys)
+        if not ctx.causal:
             return keys
-        return center_keys(keys, ctx.key_keep, None if ctx.segments is None else ctx.segments[1], ctx.causal)
-
-    def _bits_per_query(self, ctx: RoutingContext) -> Tensor:
-        """Planes of every query, int64 ``[B or 1, N]``; 0 where the query gets every key it may choose."""
-        first, last = ctx.span
-        choice = (last - first + 1).clamp(min=1)
-        return torch.where(choice <= self.layer.num_neighbors, 0, num_planes(choice, self.per_bucket, self.max_planes))
-
-    def _visible_keys(self, ctx: RoutingContext, documents: Documents, bits: Tensor, level: int) -> Tensor:
-        """Keys that some query of a level may see, bool ``[B or 1, M]``."""
-        first, last = ctx.span
-        reach = int(torch.where(bits == level, last - first, -1).max()) + 1
-        visible = documents.key_rank < reach if ctx.causal else documents.key_rank >= 0
-        return visible if ctx.key_keep is None else visible & ctx.key_keep
-
-    def _slices(
-        self, documents: Documents, keys: Tensor, queries: Tensor, rows: Tensor, visible: Tensor, level: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Order of the visible keys by document and bucket, and the bounds of the buckets of some queries.
-
-        Returns: int32 ``[B, Hkv, S, L]`` and twice ``[B, G, rows, S, 1 + probes]``.
-        """
-        of_queries = documents.of_queries[:, rows][:, None, :, None, None] << level
-        of_keys = (documents.of_keys << level)[:, None, None, :]
-        if level:
-            key_buckets = self.family.buckets(keys, level).movedim(-1, 2) + of_keys
-            probes = self.family.probes(queries, level, self.probes)
-            query_buckets = torch.where(probes < 0, -1, probes + of_queries)
-        else:  # every key of the document
-            key_buckets = of_keys.expand(keys.shape[0], keys.shape[1], self.rounds, -1)
-            query_buckets = of_queries.expand(queries.shape[0], queries.shape[1], -1, self.rounds, 1)
-        key_buckets = torch.where(visible[:, None, None, :], key_buckets, -1)
-        order, start, end = group_keys(key_buckets, query_buckets, documents.count << level)
-        if level:
-            return order, start, end
-        # dealt out evenly to all slices, so that none repeats another and none is cut by the limit
-        part = torch.arange(self.rounds * (1 + self.probes), device=start.device, dtype=torch.int32)
-        part = part.view(self.rounds, 1 + self.probes)
-        width = -((start - end) // part.numel())
-        return order, torch.minimum(start + part * width, end), torch.minimum(start + (part + 1) * width, end)
-
-
-def _project(x: Tensor, planes: Tensor) -> Tensor:
-    """``[B, H, N, D]`` by ``[rounds, F, D]`` → ``[B, H, N, rounds, F]``."""
-    return (x @ planes.flatten(0, 1).T).unflatten(-1, planes.shape[:2])
+        if ctx.documents is not None or ctx.key_keep is not None:
+            return (most + 1) * keys
+        # a key stands in the orders for at least the bits of its own position; log2 may be rounded either way
+        reach = (self.per_bucket * 2 ** (bits + 0.5) + 1 for bits in range(most))
+        return sum(min(keys, max(math.ceil(r), self.layer.num_neighbors)) for r in reach) + keys
 
 
 def _check(name: str, value: object, low: int, high: int) -> None:

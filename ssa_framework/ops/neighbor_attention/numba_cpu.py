@@ -24,7 +24,7 @@ from ssa_framework.ops.neighbor_attention.numba_kernels import (
     query_gradients,
 )
 from ssa_framework.ops.neighbor_attention.numba_rows import Array, Dropout, Graph, Shape
-from ssa_framework.ops.neighbor_attention.numba_simd import LANES
+from ssa_framework.ops.numba_simd import LANES
 from ssa_framework.ops.neighbor_attention.parts import GraphParts
 from ssa_framework.ops.numba_runtime import as_array, parallel_for
 

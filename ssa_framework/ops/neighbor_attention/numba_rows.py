@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ssa_framework.ops.neighbor_attention.numba_simd import (
+from ssa_framework.ops.numba_simd import (
     add,
     copy_keys,
     dot_rows,

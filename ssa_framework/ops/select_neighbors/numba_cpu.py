@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssa_framework.ops.numba_runtime import as_array, parallel_for
+from ssa_framework.ops.numba_runtime import as_array, parallel_for, scratch
 from ssa_framework.ops.select_neighbors.numba_choose import (
     CONTENT,
     FORCED,
@@ -21,7 +21,7 @@ from ssa_framework.ops.select_neighbors.numba_choose import (
     keep_above,
     score_lists,
 )
-from ssa_framework.ops.select_neighbors.numba_ranges import STRIP, clip_slices, expand_slices, score_slices
+from ssa_framework.ops.select_neighbors.numba_ranges import GROUP, STRIP, clip_slices, expand_slices, score_slices
 from ssa_framework.ops.select_neighbors.types import Eligible, Proposed, Selection, most_listed
 from ssa_framework.proposals import Candidates, Ranges
 
@@ -218,7 +218,7 @@ class _Slices:
         return self.firsts.shape[1]
 
 
-def _slices(task: _Task, proposal: Ranges) -> _Slices:
+def _slices(task: _Task, proposal: Ranges, owner: int = 0) -> _Slices:
     rows, count = task.positions.shape[0], task.k.shape[0]
     if proposal.order is None:
         order = np.arange(count, dtype=np.int32)[None]
@@ -232,18 +232,19 @@ def _slices(task: _Task, proposal: Ranges) -> _Slices:
         picked = task.rows if start_rows.shape[0] > 1 else slice(None)
         start, end = (np.ascontiguousarray(x[picked].numpy()) for x in (start_rows, end_rows))
     slices = start.shape[1] * start.shape[2]
-    firsts = np.empty((rows, slices), dtype=np.int32)
-    offsets = np.empty(rows * slices + 1, dtype=np.int64)
+    firsts = scratch(f"firsts{owner}", rows * slices, np.int32).reshape(rows, slices)
+    offsets = scratch(f"offsets{owner}", rows * slices + 1, np.int64)
     clip_slices(order, start, end, task.positions, task.causal, proposal.limit or 0, firsts, offsets)
-    scores = torch.empty(int(offsets[-1]), dtype=torch.from_numpy(task.q).dtype).numpy()
-    work = np.empty((task.q.shape[1] + 1) * STRIP, dtype=task.q.dtype)
-    integers = np.empty(order.shape[1] + 2 + rows * start.shape[2], dtype=np.int64)
-    score_slices(task.q, task.k, order, firsts, offsets, scores, work, integers)
+    scores = scratch(f"scores{owner}", int(offsets[-1]), task.q.dtype)
+    work = scratch("work", (task.q.shape[1] + 1) * STRIP, task.q.dtype)
+    integers = scratch("integers", order.shape[1] + 2 + rows * start.shape[2], np.int64)
+    group = np.empty((GROUP, 4), dtype=np.int64)
+    score_slices(task.q, task.k, order, firsts, offsets, scores, work, integers, group)
     return _Slices(order, firsts, offsets, scores)
 
 
 def _from_ranges(task: _Task, proposal: Ranges, owner: int) -> _Found:
-    slices = _slices(task, proposal)
+    slices = _slices(task, proposal, owner)
     keys = np.empty(slices.scores.size, dtype=np.int32)
     expand_slices(slices.order, slices.firsts, slices.offsets, keys)
     owners = np.full(keys.size, owner, dtype=np.int8)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from ssa_framework.ops.numba_runtime import device_function, kernel
+from ssa_framework.ops.numba_runtime import bare_kernel, device_function
+from ssa_framework.ops.numba_simd import copy_numbers, lanes, row_by_matrix, transpose_tile
 
 GROUP = 256
 """Most queries that share a transposed strip."""
@@ -31,7 +30,7 @@ def _first_after(order: Any, start: int, end: int, position: int) -> int:
     return start
 
 
-@kernel
+@bare_kernel
 def clip_slices(
     order: Any, start: Any, end: Any, positions: Any, causal: bool, limit: int, firsts: Any, offsets: Any
 ) -> None:
@@ -64,22 +63,23 @@ def clip_slices(
                 offsets[place + 1] = offsets[place] + max(last - first, 0)
 
 
-@kernel
-def score_slices(q: Any, k: Any, order: Any, firsts: Any, offsets: Any, scores: Any, work: Any, integers: Any) -> None:
+@bare_kernel
+def score_slices(
+    q: Any, k: Any, order: Any, firsts: Any, offsets: Any, scores: Any, work: Any, integers: Any, group: Any
+) -> None:
     """Score the keys of all slices.
 
     Args:
         q: ``[R, D]``. k: ``[M, D]``. order: int32 ``[S, L]``. firsts, offsets: of `clip_slices`.
         scores: out, floating ``[total]``.
-        work: scratch, floating ``[(D + 1)·STRIP]``. integers: scratch, int64 ``[L + 2 + R·P]``.
+        work: scratch, floating ``[(D + 1)·STRIP]``. integers: scratch, int64 ``[L + 2 + R·P]``. group: scratch, int64
+            ``[GROUP, 4]``: query, first and last place, and where the scores of place 0 would lie.
     """
     dim = q.shape[1]
     orders, length = order.shape
     slices = firsts.shape[1] // orders
-    group = np.empty(GROUP, np.int64)
-    bounds = np.empty((GROUP, 3), np.int64)
-    strip = work[: dim * STRIP].reshape((dim, STRIP))
-    sums = work[dim * STRIP :]
+    strip, sums = work[: dim * STRIP], work[dim * STRIP :]
+    queries, keys = q.reshape(q.size), k.reshape(k.size)
     pairs = integers[length + 2 :]
     for s in range(orders):
         count = _by_start(firsts, offsets, s, slices, integers[: length + 2], pairs)
@@ -95,14 +95,14 @@ def score_slices(q: Any, k: Any, order: Any, firsts: Any, offsets: Any, scores: 
                 if taken and first >= high:
                     break  # a slice that does not overlap with the others has keys of its own
                 low, high = min(low, first), max(high, last)
-                group[taken] = r
-                bounds[taken, 0], bounds[taken, 1], bounds[taken, 2] = first, last, offsets[index] - first
+                group[taken, 0], group[taken, 1], group[taken, 2] = r, first, last
+                group[taken, 3] = offsets[index] - first
                 taken += 1
             strips = (high - low + STRIP - 1) // STRIP
             size = (high - low + strips - 1) // strips  # equal strips waste the fewest lanes
             for left in range(low, high, size):
-                _transpose(k, order[s], left, min(left + size, high), strip)
-                _score_strip(q, strip, left, min(left + size, high), group, bounds, taken, sums, scores)
+                _transpose(keys, dim, order[s], left, min(left + size, high), strip)
+                _score_strip(queries, dim, strip, left, min(left + size, high), group, taken, sums, scores)
             place += taken
 
 
@@ -130,66 +130,37 @@ def _by_start(firsts: Any, offsets: Any, s: int, slices: int, bins: Any, pairs: 
 
 
 @device_function
-def _transpose(k: Any, order: Any, left: int, right: int, strip: Any) -> None:
-    """Keys ``order[left:right]`` as columns of ``strip [D, STRIP]``, zeros up to a whole number of registers."""
-    width = right - left
-    padded = (width + _LANES - 1) // _LANES * _LANES
-    whole = width - width % 8
-    for j in range(0, whole, 8):  # eight keys at a time, so that a cache line of the strip is written at once
-        at = left + j
-        r0, r1, r2, r3 = k[order[at]], k[order[at + 1]], k[order[at + 2]], k[order[at + 3]]
-        r4, r5, r6, r7 = k[order[at + 4]], k[order[at + 5]], k[order[at + 6]], k[order[at + 7]]
-        for d in range(strip.shape[0]):
-            out = strip[d]
-            out[j], out[j + 1], out[j + 2], out[j + 3] = r0[d], r1[d], r2[d], r3[d]
-            out[j + 4], out[j + 5], out[j + 6], out[j + 7] = r4[d], r5[d], r6[d], r7[d]
-    for j in range(whole, width):
-        row = k[order[left + j]]
-        for d in range(strip.shape[0]):
-            strip[d, j] = row[d]
-    for d in range(strip.shape[0]):
-        for j in range(width, padded):
-            strip[d, j] = 0
+def _transpose(keys: Any, dim: int, order: Any, left: int, right: int, strip: Any) -> None:
+    """Keys ``order[left:right]`` as columns of ``strip [D, STRIP]``; columns up to a whole register hold some key."""
+    width = lanes(keys)
+    whole = dim - dim % width
+    for j in range(0, right - left, width):
+        count = min(width, right - left - j)
+        for d in range(0, whole, width):
+            transpose_tile(keys, d, dim, order, left + j, count, strip, d * STRIP + j, STRIP)
+        for t in range(width):
+            row = order[left + j + min(t, count - 1)]
+            for d in range(whole, dim):
+                strip[d * STRIP + j + t] = keys[row * dim + d]
 
 
 @device_function
 def _score_strip(
-    q: Any, strip: Any, left: int, right: int, group: Any, bounds: Any, taken: int, sums: Any, scores: Any
+    q: Any, dim: int, strip: Any, left: int, right: int, group: Any, taken: int, sums: Any, scores: Any
 ) -> None:
     """A group of queries by a strip of keys; each query's part goes to its place in ``scores``."""
-    dim = strip.shape[0]
-    padded = (right - left + _LANES - 1) // _LANES * _LANES
-    whole = dim - dim % 8
     for t in range(taken):
-        first, last = max(left, bounds[t, 0]), min(right, bounds[t, 1])
+        first, last = max(left, group[t, 1]), min(right, group[t, 2])
         if first >= last:
             continue
-        row = q[group[t]]
-        for j in range(padded):
-            sums[j] = 0
-        for d in range(0, whole, 8):  # eight products for every load and store of a sum
-            a0, a1, a2, a3 = row[d], row[d + 1], row[d + 2], row[d + 3]
-            a4, a5, a6, a7 = row[d + 4], row[d + 5], row[d + 6], row[d + 7]
-            for j in range(padded):
-                sums[j] += (
-                    a0 * strip[d, j]
-                    + a1 * strip[d + 1, j]
-                    + a2 * strip[d + 2, j]
-                    + a3 * strip[d + 3, j]
-                    + a4 * strip[d + 4, j]
-                    + a5 * strip[d + 5, j]
-                    + a6 * strip[d + 6, j]
-                    + a7 * strip[d + 7, j]
-                )
-        for d in range(whole, dim):
-            for j in range(padded):
-                sums[j] += row[d] * strip[d, j]
-        out = bounds[t, 2]
-        for j in range(first, last):
-            scores[out + j] = sums[j - left]
+        start = (first - left) // _LANES * _LANES  # whole registers that hold the query's part
+        width = (last - left - start + _LANES - 1) // _LANES * _LANES
+        row_by_matrix(q, group[t, 0] * dim, dim, strip, start, STRIP, width, sums, 0)
+        out, shift = group[t, 3], left + start
+        copy_numbers(sums, first - shift, scores, out + first, last - first)
 
 
-@kernel
+@bare_kernel
 def expand_slices(order: Any, firsts: Any, offsets: Any, keys: Any) -> None:
     """The keys of all slices, in the order of their scores: int32 ``[total]``."""
     slices = firsts.shape[1] // order.shape[0]

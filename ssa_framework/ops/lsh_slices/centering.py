@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def center(keys: Tensor, keep: Tensor | None, segments: Tensor | None, causal: bool) -> Tensor:
+def center_keys(keys: Tensor, keep: Tensor | None, segments: Tensor | None, causal: bool) -> Tensor:
     """Subtract a mean from every key. Attention does not see a shift that all keys share, hashes do.
 
     Causal: key j loses the mean of the keys up to j of its document, so that no code depends on the future. Not

@@ -16,6 +16,8 @@ from numba import extending
 from numba.core import cgutils, types
 from numba.extending import models, register_model
 
+from ssa_framework.ops.numba_runtime import device_function
+
 intrinsic: Any = extending.intrinsic  # typed as if the caller passed the typing context
 
 LANES = {np.dtype(np.float32): 16, np.dtype(np.float64): 8}
@@ -286,6 +288,166 @@ def dot_rows(typingctx: Any, table: Any, first: Any, width: Any, rows: Any, at: 
         return builder.load(result)
 
     return vector(table, int64, int64, rows, int64, x, int64), codegen
+
+
+def _row_by_columns(vectors: int) -> Any:
+    def typer(
+        typingctx: Any, x: Any, start: Any, dim: Any, strip: Any, first: Any, stride: Any, out: Any, to: Any
+    ) -> Any:
+        vector, int64 = _Vector(x.dtype), types.int64
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            row, columns, target = (
+                builder.gep(_pointer(context, builder, signature.args[i], args[i]), [args[i + at]])
+                for i, at in ((0, 1), (3, 1), (6, 1))
+            )
+            length, step = args[2], args[5]
+            type_, i64 = _ir_type(vector), ir.IntType(64)
+            two, lanes = ir.Constant(i64, 2), vector.lanes
+            # two sums per column: a chain of products that each wait for the last would leave units idle
+            totals = [[cgutils.alloca_once(builder, type_) for _ in range(vectors)] for _ in range(2)]
+            for total in (*totals[0], *totals[1]):
+                builder.store(_constant(type_, 0.0), total)
+
+            def accumulate(d: ir.Value, sums: list[ir.Value]) -> None:
+                factor = _splat(builder, type_, builder.load(builder.gep(row, [d])))
+                line = builder.gep(columns, [builder.mul(d, step)])
+                for v, total in enumerate(sums):
+                    number = _load(builder, vector, line, ir.Constant(i64, v * lanes))
+                    builder.store(_fma(builder, factor, number, builder.load(total)), total)
+
+            even = builder.mul(builder.sdiv(length, two), two)
+            with cgutils.for_range_slice(builder, ir.Constant(i64, 0), even, two, i64, inc=True) as (d, _):
+                accumulate(d, totals[0])
+                accumulate(builder.add(d, ir.Constant(i64, 1)), totals[1])
+            with builder.if_then(builder.icmp_signed("<", even, length)):
+                accumulate(even, totals[0])
+            for v in range(vectors):
+                total = builder.fadd(builder.load(totals[0][v]), builder.load(totals[1][v]))
+                place = builder.gep(target, [ir.Constant(i64, v * lanes)])
+                builder.store(total, builder.bitcast(place, type_.as_pointer()), align=vector.scalar.bitwidth // 8)
+            return context.get_dummy_value()
+
+        return types.void(x, int64, int64, strip, int64, int64, out, int64), codegen
+
+    typer.__doc__ = f"""``x[start : start + dim]`` by {vectors} vectors of columns of a matrix, to ``out[to:]``.
+
+    The columns begin at ``strip[first]``, one row of the matrix after ``stride`` numbers. Each column is summed in
+    the same order, however many are computed at once.
+    """
+    return intrinsic(typer)
+
+
+_one_vector, _two_vectors, _four_vectors = _row_by_columns(1), _row_by_columns(2), _row_by_columns(4)
+_three_vectors = _row_by_columns(3)
+
+
+@device_function
+def row_by_matrix(
+    x: Any, start: int, dim: int, strip: Any, first: int, stride: int, columns: int, out: Any, to: int
+) -> None:
+    """``x[start : start + dim]`` by ``dim`` rows of a matrix, to ``out[to:]``; all arrays are flat.
+
+    Rows begin at ``strip[first]``, ``stride`` numbers apart; ``columns`` is a multiple of `LANES`. Each column is
+    summed in the same order, however many are computed at once.
+    """
+    width = lanes(x)
+    done = 0
+    while columns - done >= 4 * width:
+        _four_vectors(x, start, dim, strip, first + done, stride, out, to + done)
+        done += 4 * width
+    rest = (columns - done) // width
+    if rest == 3:
+        _three_vectors(x, start, dim, strip, first + done, stride, out, to + done)
+    elif rest == 2:
+        _two_vectors(x, start, dim, strip, first + done, stride, out, to + done)
+    elif rest == 1:
+        _one_vector(x, start, dim, strip, first + done, stride, out, to + done)
+
+
+@intrinsic
+def copy_numbers(typingctx: Any, source: Any, at: Any, target: Any, to: Any, count: Any) -> Any:
+    """``target[to : to + count] = source[at : at + count]``; they must not overlap."""
+    int64 = types.int64
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        begin = builder.gep(_pointer(context, builder, source, args[0]), [args[1]])
+        place = builder.gep(_pointer(context, builder, target, args[2]), [args[3]])
+        cgutils.raw_memcpy(builder, place, begin, args[4], source.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(source, int64, target, int64, int64), codegen
+
+
+@intrinsic
+def transpose_tile(
+    typingctx: Any, table: Any, first: Any, width: Any, rows: Any, at: Any, count: Any, out: Any, to: Any, stride: Any
+) -> Any:
+    """A tile of `LANES` numbers of `LANES` rows, transposed.
+
+    ``out[to + i * stride + t] = table[first + rows[at + t] * width + i]`` for t below ``count`` (at least 1); further
+    columns repeat the last one.
+    """
+    vector, int64 = _Vector(table.dtype), types.int64
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        base, index, target = (
+            builder.gep(_pointer(context, builder, signature.args[i], args[i]), [args[i + 1]]) for i in (0, 3, 6)
+        )
+        i64, lanes = ir.IntType(64), vector.lanes
+        last = builder.sub(args[5], ir.Constant(i64, 1))
+        tile = []
+        for lane in range(lanes):
+            number = ir.Constant(i64, lane)
+            number = builder.select(builder.icmp_signed("<", number, last), number, last)
+            row = builder.sext(builder.load(builder.gep(index, [number])), i64)
+            tile.append(_load(builder, vector, base, builder.mul(row, args[2])))
+        low = [lane // 2 + (lane % 2) * lanes for lane in range(lanes)]
+        high = [place + lanes // 2 for place in low]
+        for _ in range(lanes.bit_length() - 1):  # shuffling the rows like cards as often as this transposes them
+            halves = list(zip(tile[: lanes // 2], tile[lanes // 2 :], strict=True))
+            tile = [builder.shuffle_vector(a, b, _mask(part)) for a, b in halves for part in (low, high)]
+        for i, line in enumerate(tile):
+            place = builder.gep(target, [builder.mul(ir.Constant(i64, i), args[8])])
+            builder.store(line, builder.bitcast(place, line.type.as_pointer()), align=vector.scalar.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(table, int64, int64, rows, int64, int64, out, int64, int64), codegen
+
+
+@intrinsic
+def place_of_largest(typingctx: Any, numbers: Any, start: Any, count: Any) -> Any:
+    """The first of the largest of ``numbers[start : start + count]``, int32, count a multiple of 16, from ``start``."""
+    int64 = types.int64
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        i64, vector = ir.IntType(64), ir.VectorType(ir.IntType(32), 16)
+        begin = builder.gep(_pointer(context, builder, numbers, args[0]), [args[1]])
+        zero, step = ir.Constant(i64, 0), ir.Constant(i64, 16)
+
+        def load_at(place: ir.Value) -> ir.Value:
+            return builder.load(builder.bitcast(builder.gep(begin, [place]), vector.as_pointer()), align=4)
+
+        def larger(a: ir.Value, b: ir.Value) -> ir.Value:
+            return builder.select(builder.icmp_signed(">", a, b), a, b)
+
+        best = cgutils.alloca_once(builder, vector)
+        builder.store(load_at(zero), best)
+        with cgutils.for_range_slice(builder, step, args[2], step, i64, inc=True) as (at, _):
+            builder.store(larger(builder.load(best), load_at(at)), best)
+        largest = builder.load(best)
+        for half in (8, 4, 2, 1):
+            largest = larger(largest, builder.shuffle_vector(largest, largest, _mask([lane ^ half for lane in range(16)])))
+        found = cgutils.alloca_once_value(builder, zero)
+        with cgutils.for_range_slice(builder, builder.sub(args[2], step), ir.Constant(i64, -16), ir.Constant(i64, -16), i64, inc=False) as (at, _):
+            same = builder.icmp_signed("==", load_at(at), largest)
+            bits = builder.zext(builder.bitcast(same, ir.IntType(16)), i64)
+            place = builder.add(at, builder.cttz(bits, ir.Constant(ir.IntType(1), 0)))
+            here = builder.icmp_unsigned("!=", bits, zero)
+            builder.store(builder.select(here, place, builder.load(found)), found)
+        return builder.load(found)
+
+    return int64(numbers, int64, int64), codegen
 
 
 @intrinsic

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
+
+import torch
+from torch import Tensor
 
 
 def flip_sets(probes: int, planes: int) -> list[tuple[int, ...]]:
@@ -23,3 +27,13 @@ def flip_sets(probes: int, planes: int) -> list[tuple[int, ...]]:
             heapq.heappush(heap, (cost - (largest + 1) * (largest + 2) + step, (*ranks[:-1], largest + 1)))
             heapq.heappush(heap, (cost + step, (*ranks, largest + 1)))
     return sets
+
+
+@functools.lru_cache(maxsize=64)
+def flip_table(probes: int, most: int) -> Tensor:
+    """`flip_sets` for 0 to ``most`` planes as bit masks over ranks, int64 ``[most + 1, probes]``; 0 = no more."""
+    table = torch.zeros((most + 1, probes), dtype=torch.int64)
+    for planes in range(most + 1):
+        for number, ranks in enumerate(flip_sets(probes, planes)):
+            table[planes, number] = sum(1 << r for r in ranks)
+    return table
