@@ -6,6 +6,8 @@ size of 1 broadcasts, so a proposal that is the same for every batch element, he
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -34,9 +36,13 @@ class Band:
 
 @dataclass(frozen=True)
 class Columns:
-    """Key positions that every query attends. ``positions``: integer ``[C]``, any order, duplicates allowed."""
+    """Key positions that every query attends, in any order, duplicates allowed.
 
-    positions: Tensor
+    ``positions``: integers, or an integer tensor ``[C]``. A router on a GPU has to wait for the device to read a
+    tensor; integers cost nothing.
+    """
+
+    positions: Sequence[int] | Tensor
 
 
 @dataclass(frozen=True)
@@ -111,14 +117,25 @@ def _check_shape(tensor: Tensor, sizes: tuple[tuple[str, int | None], ...], what
         raise ProposalError(f"source {source!r}: {what} must have shape [{want}], got {list(tensor.shape)}")
 
 
+def _require(holds: Tensor, message: Callable[[], str]) -> None:
+    """Raise `ProposalError` unless ``holds`` (0-dim bool). On CUDA the device checks it when it gets there, since
+    asking for the answer would make the host wait: a broken proposal then stops the program a little later."""
+    if holds.device.type == "cuda":
+        torch._assert_async(holds, "a neighbor source returned an invalid proposal; run it on the CPU to see which")
+    elif not bool(holds):
+        raise ProposalError(message())
+
+
 def _check_bounds(tensor: Tensor, low: int, high: int, what: str, source: str) -> None:
     if tensor.numel() == 0:
         return
-    smallest, largest = (int(x) for x in torch.aminmax(tensor))
-    if smallest < low or largest > high:
-        raise ProposalError(
-            f"source {source!r}: {what} must lie in [{low}, {high}], got values in [{smallest}, {largest}]"
-        )
+    smallest, largest = torch.aminmax(tensor)
+    _require(
+        (smallest >= low) & (largest <= high),
+        lambda: (
+            f"source {source!r}: {what} must lie in [{low}, {high}], got values in [{int(smallest)}, {int(largest)}]"
+        ),
+    )
 
 
 def _check_device(tensor: Tensor, device: torch.device, what: str, source: str) -> None:
@@ -133,14 +150,7 @@ def validate_proposal(
     if isinstance(proposal, Band):
         return proposal
     if isinstance(proposal, Columns):
-        positions = _check_integer(proposal.positions, "Columns.positions", source)
-        if positions.dim() != 1:
-            raise ProposalError(
-                f"source {source!r}: Columns.positions must have shape [C], got {list(positions.shape)}"
-            )
-        _check_device(positions, device, "Columns.positions", source)
-        _check_bounds(positions, 0, keys - 1, "Columns.positions", source)
-        return Columns(positions.to(torch.int32))
+        return _validate_columns(proposal, source, keys=keys, device=device)
     lead = (("B", batch), ("G", graph_heads))
     if isinstance(proposal, Candidates):
         indices = _check_integer(proposal.indices, "Candidates.indices", source)
@@ -159,6 +169,44 @@ def validate_proposal(
     raise ProposalError(
         f"source {source!r}: propose() must return Band, Columns, Candidates or Ranges, got {type(proposal).__name__}"
     )
+
+
+def _validate_columns(columns: Columns, source: str, *, keys: int, device: torch.device) -> Columns:
+    positions = columns.positions
+    if isinstance(positions, Tensor):
+        _check_integer(positions, "Columns.positions", source)
+        if positions.dim() != 1:
+            raise ProposalError(
+                f"source {source!r}: Columns.positions must have shape [C], got {list(positions.shape)}"
+            )
+        _check_device(positions, device, "Columns.positions", source)
+        _check_bounds(positions, 0, keys - 1, "Columns.positions", source)
+        return Columns(positions.to(torch.int32))
+    wrong = [p for p in positions if isinstance(p, bool) or not isinstance(p, int) or not 0 <= p < keys]
+    if wrong:
+        raise ProposalError(
+            f"source {source!r}: Columns.positions must be integers in [0, {keys - 1}], got {wrong[0]!r}"
+        )
+    return Columns(tuple(positions))
+
+
+@functools.lru_cache(maxsize=256)
+def _on_device(positions: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(positions, dtype=torch.int32, device=device)
+
+
+def unite_columns(proposed: Sequence[Columns], device: torch.device) -> Tensor | None:
+    """The positions of validated columns, int32 ``[C]``, ascending, each once; ``None`` where there are none.
+
+    The tensor may be shared by many calls, so nobody may write to it.
+    """
+    if not proposed:
+        return None
+    given = [c.positions for c in proposed]
+    if all(isinstance(p, tuple) for p in given):
+        return _on_device(tuple(sorted({place for positions in given for place in positions})), device)
+    tensors = [torch.as_tensor(p, dtype=torch.int32, device=device) for p in given]
+    return torch.cat(tensors).unique()
 
 
 def _validate_ranges(
@@ -201,6 +249,5 @@ def _validate_ranges(
         raise ProposalError(
             f"source {source!r}: Ranges.start {list(start.shape)} and Ranges.end {list(end.shape)} differ in shape"
         )
-    if bool((start > end).any()):
-        raise ProposalError(f"source {source!r}: Ranges.start must not exceed Ranges.end")
+    _require((start <= end).all(), lambda: f"source {source!r}: Ranges.start must not exceed Ranges.end")
     return Ranges(order, start.to(torch.int32), end.to(torch.int32), ranges.attend, ranges.limit)

@@ -16,7 +16,7 @@ from ssa_framework.graph import NeighborGraph, SourceRecord
 from ssa_framework.masks import EdgeMask
 from ssa_framework.ops.select_neighbors import Proposed, select_neighbors
 from ssa_framework.ops.select_neighbors.api import Eligible
-from ssa_framework.proposals import Band, Candidates, Columns, Proposal, Ranges, validate_proposal
+from ssa_framework.proposals import Band, Candidates, Columns, Proposal, Ranges, unite_columns, validate_proposal
 from ssa_framework.registry import SourceRegistry, default_registry
 from ssa_framework.source import LayerSpec, NeighborSource, RoutingContext, create_source
 
@@ -132,11 +132,10 @@ class Router(nn.Module):
         records: dict[str, SourceRecord] = {}
         for name, proposal in proposals.items():
             band = _clip(proposal, mask.causal) if isinstance(proposal, Band) else None
-            columns = proposal.positions.unique() if isinstance(proposal, Columns) else None
+            columns = unite_columns([proposal], q.device) if isinstance(proposal, Columns) else None
             records[name] = SourceRecord(band=band, columns=columns)
         band = _unite([r.band for r in records.values() if r.band is not None])
-        fixed_columns = [r.columns for r in records.values() if r.columns is not None]
-        columns = torch.cat(fixed_columns).unique().to(torch.int32) if fixed_columns else None
+        columns = unite_columns([p for p in proposals.values() if isinstance(p, Columns)], q.device)
         listed = [Proposed(n, p) for n, p in proposals.items() if isinstance(p, (Candidates, Ranges))]
         budget = self.layer.num_neighbors - _width(band, columns, keys)
         everything = self._proposer_of_everything(listed, keys)
@@ -215,7 +214,7 @@ class Router(nn.Module):
             if isinstance(proposal, Band):
                 bands.append(_clip(proposal, mask.causal))
             elif isinstance(proposal, Columns):
-                listed += proposal.positions.numel()
+                listed += len(proposal.positions)
             elif isinstance(proposal, Candidates) and proposal.guaranteed:
                 listed += proposal.indices.shape[-1]
             proposals[name] = proposal
@@ -234,7 +233,11 @@ class Router(nn.Module):
     ) -> NeighborGraph:
         """Every allowed key, as one band."""
         keys = k.shape[2]
-        reach = max(keys, int(mask.positions.max()) + 1) if mask.positions.numel() else keys
+        reach = keys
+        if mask.offset is not None:
+            reach = max(keys, mask.offset + q.shape[2])
+        elif mask.positions.numel():
+            reach = max(keys, int(mask.positions.max()) + 1)
         band = Band(before=reach, after=0 if mask.causal else reach)
         return NeighborGraph(
             batch=q.shape[0],

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
-
 from ssa_framework.plugin import Columns, ConfigError, LayerSpec, NeighborSource, Registrar, RoutingContext, hookimpl
 
 
@@ -28,9 +26,9 @@ class GlobalTokens(NeighborSource):
     def propose(self, ctx: RoutingContext) -> Columns:
         last = ctx.num_keys - 1
         if self.indices is None:
-            return Columns(torch.arange(min(self.tokens, ctx.num_keys), dtype=torch.int32, device=ctx.device))
+            return Columns(range(min(self.tokens, ctx.num_keys)))
         present = [i for i in self.indices if i <= last] if ctx.causal else sorted({min(i, last) for i in self.indices})
-        return Columns(torch.tensor(present, dtype=torch.int32, device=ctx.device))
+        return Columns(present)
 
 
 @hookimpl

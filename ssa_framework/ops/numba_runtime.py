@@ -203,18 +203,22 @@ def parallel_for(body: Callable[[int], object], count: int) -> None:
             future.result()
 
 
-_scratch = threading.local()
+class Workspace:
+    """Work arrays of one call: every thread has its own, and gets them again for its next task.
 
-
-def scratch(name: str, size: int, dtype: Any) -> np.ndarray[Any, Any]:
-    """An array of ``size`` numbers that this thread keeps under ``name`` and hands out again, not initialised.
-
-    For work space that every task needs anew: mapping fresh pages costs more than many a kernel.
+    Mapping fresh pages for each task costs more than many a kernel.
     """
-    kept = _scratch.__dict__.get(name)
-    if kept is None or kept.size < size or kept.dtype != dtype:
-        kept = _scratch.__dict__[name] = np.empty(size, dtype)
-    return kept[:size]
+
+    def __init__(self) -> None:
+        self._arrays: dict[tuple[int, str], np.ndarray[Any, Any]] = {}
+
+    def array(self, name: str, size: int, dtype: Any) -> np.ndarray[Any, Any]:
+        """``size`` numbers, not initialised."""
+        key = threading.get_ident(), name
+        kept = self._arrays.get(key)
+        if kept is None or kept.size < size or kept.dtype != dtype:
+            kept = self._arrays[key] = np.empty(size, dtype)
+        return kept[:size]
 
 
 def as_array(x: Tensor) -> np.ndarray[Any, Any]:

@@ -437,9 +437,12 @@ def place_of_largest(typingctx: Any, numbers: Any, start: Any, count: Any) -> An
             builder.store(larger(builder.load(best), load_at(at)), best)
         largest = builder.load(best)
         for half in (8, 4, 2, 1):
-            largest = larger(largest, builder.shuffle_vector(largest, largest, _mask([lane ^ half for lane in range(16)])))
+            largest = larger(
+                largest, builder.shuffle_vector(largest, largest, _mask([lane ^ half for lane in range(16)]))
+            )
         found = cgutils.alloca_once_value(builder, zero)
-        with cgutils.for_range_slice(builder, builder.sub(args[2], step), ir.Constant(i64, -16), ir.Constant(i64, -16), i64, inc=False) as (at, _):
+        first, down = builder.sub(args[2], step), ir.Constant(i64, -16)
+        with cgutils.for_range_slice(builder, first, down, down, i64, inc=False) as (at, _):
             same = builder.icmp_signed("==", load_at(at), largest)
             bits = builder.zext(builder.bitcast(same, ir.IntType(16)), i64)
             place = builder.add(at, builder.cttz(bits, ir.Constant(ir.IntType(1), 0)))

@@ -23,7 +23,7 @@ from ssa_framework.ops.lsh_slices.numba_hash import (
 )
 from ssa_framework.ops.lsh_slices.probing import flip_table
 from ssa_framework.ops.lsh_slices.types import Family, HashLevels
-from ssa_framework.ops.numba_runtime import as_array, parallel_for
+from ssa_framework.ops.numba_runtime import Workspace, as_array, parallel_for
 
 Array = np.ndarray[Any, Any]
 
@@ -47,13 +47,15 @@ def slices(
     # a task for all functions of a head centers its keys once; with few heads, tasks share them to keep threads busy
     parts = min(len(strips), -(-torch.get_num_threads() // max(1, batch * heads)))
 
+    space = Workspace()
+
     def body(task: int) -> None:
         pair, part = divmod(task, parts)
         b, h = divmod(pair, heads)
         rows = k_array[b, h]
         keep, first, last, documents = tables.keys(b)
         if center:
-            rows = np.empty_like(rows)
+            rows = space.array("rows", rows.size, rows.dtype).reshape(rows.shape)
             sums = np.empty((levels.num_documents, dim), dtype=np.float64)
             counts = np.empty(levels.num_documents, dtype=np.int64)
             center_rows(k_array[b, h], keep, documents, levels.causal, sums, counts, rows)
@@ -61,10 +63,10 @@ def slices(
         for number, hashes in strips[part::parts]:
             scratch = _scratch(hashes.width, 1 + probes)
             variants = 1 if family == "hyperplane" else levels.most + 1
-            codes = np.empty((hashes.count, variants, keys), dtype=np.uint16)
-            firsts = np.empty((hashes.count, levels.num_buckets + 1), dtype=np.int32)
+            codes = np.empty((hashes.functions, variants, keys), dtype=np.uint16)
+            firsts = np.empty((hashes.functions, levels.num_buckets + 1), dtype=np.int32)
             hash_keys(rows, hashes, first, last, scratch, codes)
-            for f in range(hashes.count):
+            for f in range(hashes.functions):
                 order_keys(
                     codes[f], hashes.family, levels.most, first, last, documents, levels.num_documents, firsts[f],
                     cursor, orders[b, h, number + f],

@@ -55,13 +55,14 @@ class Functions(NamedTuple):
     """The hash functions of one strip.
 
     Attributes:
-        strip: float32 ``[D * W]``, W a multiple of `LANES`. width: W. count: how many functions. columns: directions of each.
+        strip: float32 ``[D * W]``, W a multiple of `LANES`. width: W.
+        functions: how many. columns: directions of each.
         family: `HYPERPLANE` or `CROSS_POLYTOPE`. single: most bits of one polytope. most: most bits of any query.
     """
 
     strip: Any
     width: int
-    count: int
+    functions: int
     columns: int
     family: int
     single: int
@@ -69,9 +70,14 @@ class Functions(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Memory of one task: ``sums`` float32 ``[W]`` and the same as int32 ``bits``; absolute values of the sums of one
-    function as integers, which have the same order, ``lengths`` int32 ``[2, F]``; codes and how near they are, int64 and float32 ``[4, room]`` with room for the square of slices per function, or twice
-    the slices."""
+    """Memory of one task.
+
+    Attributes:
+        sums: float32 ``[W]``, projections of a row. bits: the same memory as int32.
+        lengths: int32 ``[2, F]``, absolute values of the sums of one function; as integers they have the same order.
+        codes, near: int64 and float32 ``[4, room]``, buckets and how near they are; room for the square of the slices
+            of a function, or for twice as many.
+    """
 
     sums: Any
     bits: Any
@@ -94,7 +100,7 @@ def hash_keys(x: Any, hashes: Any, first: Any, last: Any, scratch: Any, codes: A
         if first[m] > last[m] or last[m] == 0:
             continue
         row_by_matrix(rows, m * dim, dim, hashes.strip, 0, hashes.width, hashes.width, scratch.sums, 0)
-        for f in range(hashes.count):
+        for f in range(hashes.functions):
             if hashes.family == HYPERPLANE:
                 codes[f, 0, m] = _signs(scratch.sums, f * hashes.columns, hashes.most)
             else:
@@ -193,12 +199,12 @@ def hash_queries(
     for n in range(x.shape[0]):
         bits, document = levels[n], documents[n] if documents.shape[0] > 0 else 0
         if bits < 0 or document < 0:
-            start[n, number : number + hashes.count] = 0
-            end[n, number : number + hashes.count] = 0
+            start[n, number : number + hashes.functions] = 0
+            end[n, number : number + hashes.functions] = 0
             continue
         base = num_documents * ((1 << bits) - 1) + (document << bits)
         if bits == 0:
-            for f in range(hashes.count):
+            for f in range(hashes.functions):
                 low, high = firsts[f, base], firsts[f, base + 1]
                 width = (high - low + functions * slices - 1) // (functions * slices)
                 for p in range(slices):
@@ -207,7 +213,7 @@ def hash_queries(
                     end[n, number + f, p] = min(low + (part + 1) * width, high)
             continue
         row_by_matrix(rows, n * dim, dim, hashes.strip, 0, hashes.width, hashes.width, scratch.sums, 0)
-        for f in range(hashes.count):
+        for f in range(hashes.functions):
             if hashes.family == HYPERPLANE:
                 found = _hyperplane_probes(scratch, f * hashes.columns, bits, flips[bits], scratch.codes[0])
             else:

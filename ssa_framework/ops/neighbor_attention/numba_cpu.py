@@ -23,12 +23,13 @@ from ssa_framework.ops.neighbor_attention.numba_kernels import (
     key_gradients,
     query_gradients,
 )
-from ssa_framework.ops.neighbor_attention.numba_rows import Array, Dropout, Graph, Shape
-from ssa_framework.ops.numba_simd import LANES
+from ssa_framework.ops.neighbor_attention.numba_rows import Array, Dropout, Graph, Shape, list_of
 from ssa_framework.ops.neighbor_attention.parts import GraphParts
 from ssa_framework.ops.numba_runtime import as_array, parallel_for
+from ssa_framework.ops.numba_simd import LANES
 
 _ROWS_PER_TASK = 128
+_INVERTED_BYTES = 4 * 2**20
 _INCOMING_AT_ONCE = 64  # edges of a key: the rows that they read twice stay in the nearest cache
 
 
@@ -217,20 +218,25 @@ def backward(
                 )  # fmt: skip
 
     parallel_for(by_queries, len(query_tasks))
-    incoming = _invert(call)
     is_column = np.zeros(shape.keys, np.bool_)
     is_column[graph.columns] = True
     reachable_lse = np.where(row_lse == -np.inf, np.array(np.inf, dtype), row_lse)
-    key_tasks = call.row_tasks(shape.keys)
+    # a few heads at a time, so that of the lists turned round only theirs exist
+    pairs = [(b, h) for b in range(call.batch) for h in range(shape.kv_heads)]
+    at_once = _pairs_at_once(call)
+    for first in range(0, len(pairs), at_once):
+        some = pairs[first : first + at_once]
+        incoming = _invert(call, some)
+        key_tasks = [(*pair, *block) for pair in some for block in _blocks(shape.keys)]
 
-    def by_keys(task: int) -> None:
-        work = call.work(_INCOMING_AT_ONCE)
-        key_gradients(
-            call.tables, d_out, reachable_lse, delta, graph, incoming, is_column, shape, call.dropout, call.scale,
-            *key_tasks[task], work, grad_k, grad_v,
-        )  # fmt: skip
+        def by_keys(task: int, incoming: Incoming = incoming, key_tasks: list[Any] = key_tasks) -> None:
+            work = call.work(_INCOMING_AT_ONCE)
+            key_gradients(
+                call.tables, d_out, reachable_lse, delta, graph, incoming, is_column, shape, call.dropout, call.scale,
+                *key_tasks[task], work, grad_k, grad_v,
+            )  # fmt: skip
 
-    parallel_for(by_keys, len(key_tasks))
+        parallel_for(by_keys, len(key_tasks))
     return (
         _unflat(grad_q, shape.width, q),
         _unflat(grad_k, shape.width, k),
@@ -239,23 +245,41 @@ def backward(
     )
 
 
-def _invert(call: _Call) -> Incoming:
-    """The queries that list each key, for every list that there is."""
-    neighbors, keys = call.graph.neighbors, call.shape.keys
-    lists = call.shape.list_batches * call.shape.list_heads if neighbors.size else 0
+def _lists_of(call: _Call, batch: int, kv_head: int) -> list[int]:
+    """The lists that the query heads of a KV head go by."""
+    shape = call.shape
+    if not call.graph.neighbors.size:
+        return []
+    group = shape.heads // shape.kv_heads
+    heads = range(kv_head * group, (kv_head + 1) * group)
+    return sorted({int(list_of.py_func(shape, batch, head)) for head in heads})
+
+
+def _pairs_at_once(call: _Call) -> int:
+    """Batch elements × KV heads whose lists are turned round together: enough for all threads."""
+    one = call.shape.queries * call.graph.neighbors.shape[1] * 4 * max(1, len(_lists_of(call, 0, 0)))
+    return max(torch.get_num_threads(), _INVERTED_BYTES // max(1, one))
+
+
+def _invert(call: _Call, pairs: list[tuple[int, int]]) -> Incoming:
+    """The queries that list each key, for the lists of some batch elements and KV heads."""
+    neighbors, keys, rows = call.graph.neighbors, call.shape.keys, call.shape.queries
+    lists = sorted({number for pair in pairs for number in _lists_of(call, *pair)})
+    every = call.shape.list_batches * call.shape.list_heads if neighbors.size else 0
+    one = rows * neighbors.shape[1]
     with_slots = call.graph.bias.size > 0
     incoming = Incoming(
-        np.empty((lists, keys + 1), np.int64),
-        np.empty(neighbors.size, np.int32),
-        np.empty(neighbors.size if with_slots else 0, np.int32),
+        np.empty((every, keys + 1), np.int64),
+        np.empty(len(lists) * one, np.int32),
+        np.empty(len(lists) * one if with_slots else 0, np.int32),
     )
-    rows = call.shape.queries
 
-    def invert(index: int) -> None:
-        one = neighbors[index * rows : (index + 1) * rows]
-        invert_list(one, index * one.size, with_slots, keys, incoming.starts[index], incoming)
+    def invert(place: int) -> None:
+        number = lists[place]
+        mine = neighbors[number * rows : (number + 1) * rows]
+        invert_list(mine, place * one, with_slots, keys, incoming.starts[number], incoming)
 
-    parallel_for(invert, lists)
+    parallel_for(invert, len(lists))
     return incoming
 
 

@@ -30,8 +30,8 @@ from ssa_framework.ops.neighbor_attention.numba_rows import (
     softmax_in_place,
     weights_in_place,
 )
-from ssa_framework.ops.numba_simd import fma, lanes, load, mul, splat, store, sub, sum_lanes
 from ssa_framework.ops.numba_runtime import bare_kernel, device_function
+from ssa_framework.ops.numba_simd import fma, lanes, load, mul, splat, store, sub, sum_lanes
 
 _KEYS_AT_ONCE = 128
 

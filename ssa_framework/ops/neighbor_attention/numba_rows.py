@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ssa_framework.ops.numba_runtime import device_function
 from ssa_framework.ops.numba_simd import (
     add,
     copy_keys,
@@ -25,7 +26,6 @@ from ssa_framework.ops.numba_simd import (
     sub,
     sum_lanes,
 )
-from ssa_framework.ops.numba_runtime import device_function
 
 Array = np.ndarray[Any, Any]
 

@@ -88,10 +88,11 @@ def choose_from_slices(
         key_keep: bool ``[M or 0]``. query_segments, key_segments: int64 ``[R or 0]`` and ``[M or 0]``.
         seen: scratch, int32 ``[M]``. picked, picked_scores: scratch, longer than the candidates of a query and than a
             row of ``neighbors``.
-        bits: scratch, uint64 ``[M / 64 + 1]``, zeros.
+        bits: scratch, uint64, zeros: a bitmap of the keys and one of its words, as `bitmap_size` says.
         neighbors: out, int32 ``[R, K]``, filled with -1. totals: out, int64 ``[2]``: slots filled, keys scored.
     """
     slices = firsts.shape[1] // order.shape[0]
+    words = seen.shape[0] // 64 + 1
     for r in range(positions.shape[0]):
         mark = r + 1
         position = positions[r]
@@ -115,8 +116,8 @@ def choose_from_slices(
                 place += fresh
         found = np.int64(place)
         totals[1] += found
-        totals[0] += _mark_best(picked, picked_scores, found, budget, bits)
-        _unpack(bits, picked, neighbors[r])
+        totals[0] += _mark_best(picked, picked_scores, found, budget, bits, words)
+        _unpack(bits, words, picked, neighbors[r])
 
 
 @kernel
@@ -153,6 +154,7 @@ def choose(
         others: as in `choose_from_slices`; ``seen`` counts in steps of the number of sources.
     """
     sources = kinds.shape[0]
+    words = seen.shape[0] // 64 + 1
     for r in range(positions.shape[0]):
         mark = 1 + r * (sources + 1)  # seen[key] is mark where covered, mark + 1 + the last source that proposed it
         position = positions[r]
@@ -180,18 +182,31 @@ def choose(
                 picked_scores[found] = scores[c]
                 found += 1
             else:
-                bits[key >> 6] |= np.uint64(1) << np.uint64(key & 63)
+                _set_bit(bits, words, key)
                 guaranteed += kinds[owner] == GUARANTEED
-        _mark_best(picked, picked_scores, found, budget - guaranteed, bits)
-        for place in range(_unpack(bits, picked, neighbors[r])):
+        _mark_best(picked, picked_scores, found, budget - guaranteed, bits, words)
+        for place in range(_unpack(bits, words, picked, neighbors[r])):
             listed[owner_of[neighbors[r, place]]] += 1
 
 
+def bitmap_size(keys: int) -> int:
+    """Words of a bitmap of ``keys`` keys, and of a bitmap that says which of those words have a bit set."""
+    words = keys // 64 + 1
+    return words + words // 64 + 1
+
+
 @device_function
-def _mark(picked: Any, first: int, last: int, bits: Any) -> None:
+def _set_bit(bits: Any, words: int, key: int) -> None:
+    place = np.uint64(key)
+    word = place >> np.uint64(6)
+    bits[word] |= np.uint64(1) << (place & np.uint64(63))
+    bits[np.uint64(words) + (word >> np.uint64(6))] |= np.uint64(1) << (word & np.uint64(63))
+
+
+@device_function
+def _mark(picked: Any, first: int, last: int, bits: Any, words: int) -> None:
     for i in range(first, last):
-        key = np.uint64(picked[i])
-        bits[key >> np.uint64(6)] |= np.uint64(1) << (key & np.uint64(63))
+        _set_bit(bits, words, picked[i])
 
 
 @device_function
@@ -256,7 +271,7 @@ def _find_threshold(scores: Any, found: int, budget: int) -> Any:
 
 
 @device_function
-def _mark_best(picked: Any, scores: Any, found: int, budget: int, bits: Any) -> int:
+def _mark_best(picked: Any, scores: Any, found: int, budget: int, bits: Any, words: int) -> int:
     """Set the bits of the ``budget`` keys with the highest of ``found`` scores; ties go to the lower key.
 
     Returns how many. The arrays are overwritten.
@@ -264,60 +279,73 @@ def _mark_best(picked: Any, scores: Any, found: int, budget: int, bits: Any) -> 
     if budget <= 0 or found == 0:
         return 0
     if found <= budget:
-        _mark(picked, 0, found, bits)
+        _mark(picked, 0, found, bits, words)
         return found
     threshold, exact = _find_threshold(scores, found, budget)
     if not exact:
-        return _mark_with_ties(picked, scores, found, budget, threshold, bits)
+        return _mark_with_ties(picked, scores, found, budget, threshold, bits, words)
     place = np.uint64(0)
     for i in range(np.uint64(found)):  # written in any case, kept if it counts, as above
         picked[place] = picked[i]
         place += np.uint64(scores[i] >= threshold)
-    _mark(picked, 0, np.int64(place), bits)
+    _mark(picked, 0, np.int64(place), bits, words)
     return int(place)
 
 
 @device_function
-def _mark_with_ties(picked: Any, scores: Any, found: int, budget: int, threshold: Any, bits: Any) -> int:
+def _mark_with_ties(picked: Any, scores: Any, found: int, budget: int, threshold: Any, bits: Any, words: int) -> int:
     """All keys above the threshold, and the lowest keys of those that equal it."""
     chosen, equal = 0, 0
     for i in range(found):
         key, score = picked[i], scores[i]
         if score > threshold:
-            bits[key >> 6] |= np.uint64(1) << np.uint64(key & 63)
+            _set_bit(bits, words, key)
             chosen += 1
         elif score == threshold:
             picked[equal] = key
             equal += 1
     tied = np.sort(picked[:equal])
-    _mark(tied, 0, budget - chosen, bits)
+    _mark(tied, 0, budget - chosen, bits, words)
     return budget
 
 
 @device_function
-def _unpack(bits: Any, scratch: Any, row: Any) -> int:
+def _unpack(bits: Any, words: int, scratch: Any, row: Any) -> int:
     """Keys of the set bits, ascending, into ``row``; the bits are cleared. Returns how many.
 
     ``scratch`` is int32, longer than ``row``. Where most words have a bit or two, both are written without asking,
-    since a branch on the number of bits is mispredicted more often than not.
+    since a branch on the number of bits is mispredicted more often than not; where most have none, only those are
+    visited that have one.
     """
     place = np.uint64(0)
-    crowded = bits.shape[0] < 4 * row.shape[0]
-    for word in range(bits.shape[0]):
-        rest = bits[word]
-        base = word << 6
-        if crowded:
+    if words < 4 * row.shape[0]:
+        for word in range(words):
+            rest = bits[word]
+            base = word << 6
             scratch[place] = base + _lowest(rest)
             place += np.uint64(rest != 0)
             rest &= rest - np.uint64(1)
             scratch[place] = base + _lowest(rest)
             place += np.uint64(rest != 0)
             rest &= rest - np.uint64(1)
-        while rest != 0:
-            scratch[place] = base + _lowest(rest)
-            place += np.uint64(1)
-            rest &= rest - np.uint64(1)
-    bits[:] = 0
+            while rest != 0:
+                scratch[place] = base + _lowest(rest)
+                place += np.uint64(1)
+                rest &= rest - np.uint64(1)
+        bits[:] = 0
+    else:
+        for group in range(words, bits.shape[0]):
+            filled = bits[group]
+            bits[group] = 0
+            while filled != 0:
+                word = ((group - words) << 6) + _lowest(filled)
+                filled &= filled - np.uint64(1)
+                rest = bits[word]
+                bits[word] = 0
+                while rest != 0:
+                    scratch[place] = (word << 6) + _lowest(rest)
+                    place += np.uint64(1)
+                    rest &= rest - np.uint64(1)
     found = int(place)
     row[:found] = scratch[:found]
     return found

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssa_framework.ops.numba_runtime import as_array, parallel_for, scratch
+from ssa_framework.ops.numba_runtime import Workspace, as_array, parallel_for
 from ssa_framework.ops.select_neighbors.numba_choose import (
     CONTENT,
     FORCED,
     GUARANTEED,
+    bitmap_size,
     choose,
     choose_from_slices,
     join,
@@ -60,6 +61,7 @@ class _Task:
     key_keep: Array
     query_segments: Array
     key_segments: Array
+    space: Workspace
 
 
 def select(q: Tensor, k: Tensor, proposed: Sequence[Proposed], eligible: Eligible, budget: int) -> Selection:
@@ -113,6 +115,7 @@ class _Tables:
 
     def __init__(self, eligible: Eligible) -> None:
         mask = eligible.mask
+        self.space = Workspace()
         self.causal = mask.causal
         self.positions = mask.positions.numpy()
         band = eligible.band
@@ -142,6 +145,7 @@ class _Tables:
             key_keep=pick(self.key_keep, np.bool_),
             query_segments=np.ascontiguousarray(segments[rows] if segments.size else segments),
             key_segments=pick(self.key_segments, np.int64),
+            space=self.space,
         )
 
 
@@ -232,12 +236,12 @@ def _slices(task: _Task, proposal: Ranges, owner: int = 0) -> _Slices:
         picked = task.rows if start_rows.shape[0] > 1 else slice(None)
         start, end = (np.ascontiguousarray(x[picked].numpy()) for x in (start_rows, end_rows))
     slices = start.shape[1] * start.shape[2]
-    firsts = scratch(f"firsts{owner}", rows * slices, np.int32).reshape(rows, slices)
-    offsets = scratch(f"offsets{owner}", rows * slices + 1, np.int64)
+    firsts = task.space.array(f"firsts{owner}", rows * slices, np.int32).reshape(rows, slices)
+    offsets = task.space.array(f"offsets{owner}", rows * slices + 1, np.int64)
     clip_slices(order, start, end, task.positions, task.causal, proposal.limit or 0, firsts, offsets)
-    scores = scratch(f"scores{owner}", int(offsets[-1]), task.q.dtype)
-    work = scratch("work", (task.q.shape[1] + 1) * STRIP, task.q.dtype)
-    integers = scratch("integers", order.shape[1] + 2 + rows * start.shape[2], np.int64)
+    scores = task.space.array(f"scores{owner}", int(offsets[-1]), task.q.dtype)
+    work = task.space.array("work", (task.q.shape[1] + 1) * STRIP, task.q.dtype)
+    integers = task.space.array("integers", order.shape[1] + 2 + rows * start.shape[2], np.int64)
     group = np.empty((GROUP, 4), dtype=np.int64)
     score_slices(task.q, task.k, order, firsts, offsets, scores, work, integers, group)
     return _Slices(order, firsts, offsets, scores)
@@ -298,8 +302,8 @@ def _choose(
     choose(
         found.offsets, found.keys, found.scores, found.owners, kinds, task.positions, task.causal, task.band,
         task.columns, task.key_keep, task.query_segments, task.key_segments, budget, np.zeros(count, dtype=np.int32),
-        np.empty(longest, np.int32), np.empty(longest, found.scores.dtype), np.zeros(count // 64 + 1, dtype=np.uint64),
-        neighbors, np.zeros(count, dtype=np.int8), listed, scored,
+        np.empty(longest, np.int32), np.empty(longest, found.scores.dtype),
+        np.zeros(bitmap_size(count), dtype=np.uint64), neighbors, np.zeros(count, dtype=np.int8), listed, scored,
     )  # fmt: skip
 
 
@@ -313,7 +317,7 @@ def _choose_from_slices(
         slices.order, slices.firsts, slices.offsets, slices.scores, task.positions, task.causal, task.band,
         task.columns, task.key_keep, task.query_segments, task.key_segments, budget, np.zeros(count, dtype=np.int32),
         np.empty(longest, np.int32), np.empty(longest, slices.scores.dtype),
-        np.zeros(count // 64 + 1, dtype=np.uint64), neighbors, totals,
+        np.zeros(bitmap_size(count), dtype=np.uint64), neighbors, totals,
     )  # fmt: skip
     listed[0] += totals[0]
     scored[0] += totals[1]
