@@ -2,8 +2,9 @@
 
 Takes a folder of files `*.pt`, one per layer, each `{"q": [H, N, D], "k": [Hkv, N, D], "v": [Hkv, N, D], "scale":
 float}` after the rotary embedding. Causal; a window of 16 and the first 4 tokens are always attended; 128 more keys are
-chosen. Queries before position 2,048 are left out: they have little to choose from. Writes one CSV row per setting,
-means over layers.
+chosen. Quality is that of a sample of queries; those before position 2,048 are left out, they have little to choose
+from. Time is that of all queries of the middle layer, routing and attention together, as a ratio to torch's dense
+attention, measured in turns (above 1 = faster than dense). Writes one CSV row per setting, means over layers.
 
     python benchmarks/routing_quality.py TENSORS --out benchmarks/results/routing_quality.csv
 """
@@ -11,43 +12,81 @@ means over layers.
 from __future__ import annotations
 
 import csv
+import functools
 import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import torch.nn.functional as F
 import typer
 from recall import commit
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
 from rich.table import Table
 
 import ssa_framework
-from ssa_framework import SSAConfig, build_graph
+from ssa_framework import SSAConfig, build_graph, sparse_attention
 from ssa_framework.quality import measure
+from ssa_framework.quality.timing import time_alternating
 
 CROSS: dict[str, Any] = {"hash": "cross_polytope"}
 SETTINGS: list[dict[str, Any]] = [
     *({"candidates": c} for c in (32, 64, 128, 256)),
     *({"candidates": c, "center": False} for c in (64, 256)),
     *({"candidates": 128, "probes": p} for p in (2, 4, 8, 16)),
+    *({"candidates": 128, "probes": 4, "rounds": r} for r in (4, 12, 16)),
     *({**CROSS, "candidates": c} for c in (32, 64, 128, 256)),
     *({**CROSS, "candidates": c, "center": False} for c in (64, 256)),
     *({**CROSS, "candidates": 128, "probes": p} for p in (1, 3, 8, 16)),
     *({**CROSS, "candidates": 160, "rounds": r, "probes": 3, "max_planes": 7, "limit": 38} for r in (4, 8, 12, 16)),
     *({**CROSS, "candidates": 160, "rounds": 16, "probes": 2, "max_planes": 7, "limit": n} for n in (16, 24, 36, 72)),
 ]
+ROUNDS = 3
 FIRST_QUERY, NEIGHBORS, WINDOW, TOKENS = 2048, 128, 16, 4
 COLUMNS = [
     "options", "keys_scored", "recall_at_32", "recall_beyond_window", "attention_mass", "output_error",
-    "output_error_p95", "layers", "length", "queries", "version", "commit", "torch",
+    "output_error_p95", "times_dense", "sparse_ms", "dense_ms", "threads", "layers", "length", "queries", "version",
+    "commit", "torch",
 ]  # fmt: skip
+
+
+def config_of(options: dict[str, Any]) -> SSAConfig:
+    mix = {"self": {}, "window": {"size": WINDOW}, "global": {"tokens": TOKENS}, "lsh": options}
+    return SSAConfig(sources=mix, num_neighbors=NEIGHBORS + WINDOW + 1 + TOKENS)
+
+
+def time_all(layer: dict[str, Any]) -> list[dict[str, Any]]:
+    """Time of every setting against dense attention, all queries of one layer, all contestants in turns."""
+    q, k, v = (layer[name][None].float() for name in "qkv")
+    options = {"is_causal": True, "enable_gqa": True, "scale": layer["scale"]}
+    contestants = {
+        str(i): functools.partial(sparse_attention, q, k, v, config=config_of(setting), **options)
+        for i, setting in enumerate(SETTINGS)
+    }
+    contestants["dense"] = functools.partial(F.scaled_dot_product_attention, q, k, v, **options)
+    total = len(contestants) * (1 + ROUNDS)
+    with Progress() as progress:
+        task = progress.add_task("timing", total=total)
+        times = time_alternating(
+            contestants, min_rounds=ROUNDS, max_rounds=ROUNDS, on_call=lambda _: progress.advance(task)
+        )
+        progress.update(task, completed=total)
+    dense = times["dense"].median
+    return [
+        {
+            "times_dense": f"{dense / times[str(i)].median:.2f}",
+            "sparse_ms": f"{1e3 * times[str(i)].median:.0f}",
+            "dense_ms": f"{1e3 * dense:.0f}",
+            "threads": torch.get_num_threads(),
+        }
+        for i in range(len(SETTINGS))
+    ]
 
 
 def evaluate(options: dict[str, Any], layers: list[dict[str, Any]], sample: int) -> dict[str, Any]:
     """Means over layers; queries are a seeded sample, the same for every setting."""
-    mix = {"self": {}, "window": {"size": WINDOW}, "global": {"tokens": TOKENS}, "lsh": options}
-    config = SSAConfig(sources=mix, num_neighbors=NEIGHBORS + WINDOW + 1 + TOKENS)
+    config = config_of(options)
     reports, scored = [], []
     for layer in layers:
         q, k, v = (layer[name][None].float() for name in "qkv")
@@ -91,15 +130,18 @@ def main(
     if not layers:
         raise typer.BadParameter(f"no *.pt files in {tensors}")
     rows = [evaluate(options, layers, sample) for options in track(SETTINGS, "measuring")]
+    for row, times in zip(rows, time_all(layers[len(layers) // 2]), strict=True):
+        row.update(times)
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    table = Table(*COLUMNS[:7])
+    table = Table(*COLUMNS[:8])
     for row in rows:
-        table.add_row(*(str(row[name]) for name in COLUMNS[:7]))
-    Console().print(table)
+        options = ", ".join(f"{name}={value}" for name, value in json.loads(row["options"]).items())
+        table.add_row(options, *(str(row[name]) for name in COLUMNS[1:8]))
+    Console(width=180).print(table)
     print(f"written: {out}")
 
 

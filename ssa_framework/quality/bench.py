@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import json
 import platform
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -19,6 +21,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Measurement, Timer
 from torch.utils.benchmark.utils.common import set_torch_threads
 
@@ -122,6 +125,7 @@ class BenchRow:
         message: what went wrong.
         output_difference, gradient_difference: from dense attention under the graph's mask, computed in float64.
         computed_densely: the graph holds every allowed key.
+        dense_kernel: on CUDA, which of torch's fused kernels dense attention takes: the fastest one for the case.
         dense, sparse: times of one call of dense attention, and of routing and attention together; with the
             gradients in mode ``forward+backward``. graph: of routing alone.
         dense_bytes, sparse_bytes: peak memory beyond the inputs.
@@ -135,6 +139,7 @@ class BenchRow:
     output_difference: float | None = None
     gradient_difference: float | None = None
     computed_densely: bool | None = None
+    dense_kernel: str = ""
     dense: Timing | None = None
     sparse: Timing | None = None
     graph: Timing | None = None
@@ -200,6 +205,7 @@ class BenchRow:
             "dense_peak_mib": _number(self.dense_bytes, 2**-20),
             "sparse_peak_mib": _number(self.sparse_bytes, 2**-20),
             "computed_densely": self.computed_densely,
+            "dense_kernel": self.dense_kernel,
             "keys_scored": _number(self.keys_scored),
             "slots_filled": _number(self.slots_filled),
             "keys_scored_by_source": None if quality is None else _json(quality.keys_scored),
@@ -273,6 +279,7 @@ def _run(
     found: dict[str, Any] = {
         **{name: difference for name, difference, _ in checks},
         "computed_densely": graph.is_full,
+        "dense_kernel": "" if calls.dense_kernel is None else calls.dense_kernel.name.lower(),
         "environment": environment(case.device),
     }
     wrong = [f"{name} {got:.2g}, accepted {bound:.2g}" for name, got, bound in checks if not got <= bound]
@@ -303,13 +310,16 @@ class _Calls:
 
     def __init__(self, case: BenchCase, tensors: tuple[Tensor, Tensor, Tensor] | None) -> None:
         shapes = _shapes(case)
-        generator = torch.Generator().manual_seed(case.seed)
         device, dtype = torch.device(case.device), DTYPES[case.dtype]
-        q, k, v = (torch.randn(shape, generator=generator) for shape in shapes) if tensors is None else tensors
+        generator = torch.Generator(device).manual_seed(case.seed)
+        if tensors is None:  # in the dtype: at a million tokens, float32 would not fit beside it
+            made = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for shape in shapes)
+        q, k, v = made if tensors is None else tensors
         self.case = case
         self.backward = case.mode == "forward+backward"
         self.q, self.k, self.v = (x.detach().to(device, dtype).requires_grad_(self.backward) for x in (q, k, v))
-        self.upstream = torch.randn(shapes[0], generator=generator).to(device, dtype)
+        self.upstream = torch.randn(shapes[0], generator=generator, device=device, dtype=dtype)
+        self.dense_kernel = _fastest_kernel(self._dense, device)
 
     def build(self) -> NeighborGraph:
         return build_graph(self.q, self.k, config=self.case.config)
@@ -321,6 +331,9 @@ class _Calls:
         return self._with_gradients(self.attend(self.build()))
 
     def dense(self) -> object:
+        return _under(self.dense_kernel, self._dense)
+
+    def _dense(self) -> object:
         grouped = self.q.shape[1] != self.k.shape[1]
         causal = self.case.causal
         out = F.scaled_dot_product_attention(self.q, self.k, self.v, is_causal=causal, enable_gqa=grouped)
@@ -328,6 +341,29 @@ class _Calls:
 
     def _with_gradients(self, out: Tensor) -> object:
         return torch.autograd.grad(out, (self.q, self.k, self.v), self.upstream) if self.backward else out
+
+
+_CUDA_KERNELS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+
+
+def _under(kernel: SDPBackend | None, call: Callable[[], object]) -> object:
+    if kernel is None:
+        return call()
+    with sdpa_kernel(kernel):
+        return call()
+
+
+def _fastest_kernel(call: Callable[[], object], device: torch.device) -> SDPBackend | None:
+    """Which of torch's fused CUDA kernels is the fastest for a call of dense attention; torch's choice elsewhere."""
+    if device.type != "cuda":
+        return None
+    times = {}
+    for kernel in _CUDA_KERNELS:
+        with contextlib.suppress(RuntimeError), warnings.catch_warnings():  # it does not serve the call
+            warnings.simplefilter("ignore")
+            timer = Timer("run()", globals={"run": functools.partial(_under, kernel, call)})
+            times[kernel] = timer.timeit(3).median
+    return min(times, key=times.__getitem__) if times else None
 
 
 # -- correctness -----------------------------------------------------------------------------------------------------
@@ -417,6 +453,7 @@ def _fixed_environment(device: str) -> dict[str, str]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
         "numba": _version("numba"),
         "version": _version("ssa-framework"),
         "commit": _commit(),

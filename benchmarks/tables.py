@@ -1,0 +1,261 @@
+"""Write the tables of README.md and docs/ from the CSV files in benchmarks/results.
+
+A block between ``<!-- NAME -->`` and ``<!-- /NAME -->`` is replaced by the table of that name. With ``--check``,
+nothing is written and the status is 1 where a page is not up to date.
+
+    python benchmarks/tables.py
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/benchmarks.md", "docs/measurements.md")
+Row = dict[str, str]
+
+
+def rows(name: str) -> list[Row]:
+    with (RESULTS / name).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def table(head: Iterable[str], body: Iterable[Iterable[object]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def number(text: str, digits: int = 3) -> str:
+    """With at least so many digits that count, but no exponent."""
+    value = float(text)
+    decimals = max(0, digits - len(str(int(abs(value))))) if abs(value) >= 1 else digits - 1
+    return f"{value:,.{decimals}f}"
+
+
+def ratio(row: Row) -> str:
+    return number(row["ratio"]) + (" (dense)" if row["computed_densely"] == "True" else "")
+
+
+def cpu_summary() -> str:
+    found = {
+        (r["mode"], r["causal"], int(r["length"])): ratio(r)
+        for name in ("cpu_seed_mix.csv", "cpu_seed_mix_32768.csv")
+        for r in rows(name)
+    }
+    lengths = sorted({key[2] for key in found})
+    passes = [
+        (mode, causal, mode.replace("+", " + ") + (", causal" if causal == "True" else ""))
+        for mode in ("forward", "forward+backward")
+        for causal in ("False", "True")
+    ]
+    return table(
+        ["dense time / sparse time", *(f"N = {n:,}" for n in lengths)],
+        ([name, *(found.get((mode, causal, n), "not run") for n in lengths)] for mode, causal, name in passes),
+    )
+
+
+def timing(name: str, *, mix: bool = False, unit: str = "ms") -> str:
+    scale = 1e-3 if unit == "s" else 1.0
+
+    def line(r: Row) -> list[str]:
+        dense = r["computed_densely"] == "True"
+        return [
+            *([f"`{r['mix']}`"] if mix else []),
+            r["mode"].replace("+", " + "),
+            "yes" if r["causal"] == "True" else "no",
+            f"{int(r['length']):,}",
+            number(str(float(r["dense_ms"]) * scale)),
+            number(str(float(r["sparse_ms"]) * scale)),
+            number(r["ratio"]),
+            "dense fallback" if dense else f"{100 * float(r['graph_share']):.0f} %",
+            "all" if dense else f"{float(r['keys_scored']):.0f}",
+            f"{float(r['recall']):.2f}",
+            f"{float(r['dense_peak_mib']):.0f} / {float(r['sparse_peak_mib']):.0f}",
+        ]
+
+    head = [
+        "pass",
+        "causal",
+        "N",
+        f"dense, {unit}",
+        f"sparse, {unit}",
+        "dense / sparse",
+        "of it routing",
+        "keys scored",
+    ]
+    head = [*(["mix"] if mix else []), *head, "recall@32", "peak MiB, dense / sparse"]
+    return table(head, map(line, rows(name)))
+
+
+def gpu() -> str:
+    def line(r: Row) -> list[str]:
+        return [
+            f"{r['heads']}/{r['kv_heads']} × {r['head_dim']}",
+            r["mode"].replace("+", " + "),
+            f"{int(r['length']):,}",
+            number(r["dense_ms"]),
+            number(r["sparse_ms"]),
+            number(r["graph_ms"]),
+            number(r["ratio"]),
+            f"{float(r['keys_scored']):.0f}",
+            f"{float(r['dense_peak_mib']):,.0f} / {float(r['sparse_peak_mib']):,.0f}",
+        ]
+
+    head = ["heads", "pass", "N", "dense, ms", "sparse, ms", "of it routing, ms", "dense / sparse", "keys scored"]
+    return table([*head, "peak MiB, dense / sparse"], map(line, rows("gpu.csv")))
+
+
+def gpu_summary() -> str:
+    found = {(r["heads"], r["kv_heads"], r["head_dim"], r["mode"], int(r["length"])): r for r in rows("gpu.csv")}
+    lengths = sorted({key[4] for key in found})
+    kinds = dict.fromkeys(key[:4] for key in found)
+
+    def line(kind: tuple[str, ...]) -> list[str]:
+        heads, kv_heads, dim, mode = kind
+        ratios = (number(found[*kind, n]["ratio"]) if (*kind, n) in found else "–" for n in lengths)
+        return [f"{mode.replace('+', ' + ')}, {heads}/{kv_heads} heads × {dim}", *ratios]
+
+    return table(["dense time / sparse time", *(f"N = {n:,}" for n in lengths)], map(line, kinds))
+
+
+def memory() -> str:
+    found = {(r["mode"], r["causal"], int(r["length"])): r for r in rows("memory.csv")}
+    lengths = sorted({key[2] for key in found})
+    kinds = sorted({key[:2] for key in found})
+    return table(
+        ["peak MiB beyond the inputs", *(f"N = {n:,}" for n in lengths)],
+        (
+            [
+                mode.replace("+", " + ") + (", causal" if causal == "True" else ""),
+                *(number(found[mode, causal, n]["peak_mib"]) for n in lengths),
+            ]
+            for mode, causal in kinds
+        ),
+    )
+
+
+def _options(text: str) -> str:
+    return "`" + ", ".join(f"{name}={value}" for name, value in json.loads(text).items()) + "`"
+
+
+def lsh_settings() -> str:
+    def line(r: Row) -> list[str]:
+        shares = (f"{float(r[name]):.2f}" for name in ("recall_at_32", "recall_beyond_window", "attention_mass"))
+        error = f"{float(r['output_error']):.3f}"
+        return [
+            _options(r["options"]),
+            r["keys_scored"],
+            *shares,
+            error,
+            f"{float(r['output_error_p95']):.2f}",
+            r["times_dense"],
+        ]
+
+    head = ["`lsh` options", "keys scored", "recall@32", "beyond the window", "attention mass", "output error"]
+    return table([*head, "95 % below", "dense / sparse"], map(line, rows("routing_quality.csv")))
+
+
+RECOMMENDED = {
+    "the default": {"candidates": 64},
+    "hyperplanes, 4 probes": {"candidates": 128, "probes": 4},
+    "cross-polytope, 3 probes": {"hash": "cross_polytope", "candidates": 128, "probes": 3},
+    "cross-polytope, 12 rounds, 3 probes, `candidates=160, max_planes=7, limit=38`": {
+        "hash": "cross_polytope", "candidates": 160, "rounds": 12, "probes": 3, "max_planes": 7, "limit": 38,
+    },
+}  # fmt: skip
+
+
+def lsh_recommended() -> str:
+    by_options = {r["options"]: r for r in rows("routing_quality.csv")}
+
+    def line(name: str, options: dict[str, object]) -> list[str]:
+        r = next(r for text, r in by_options.items() if json.loads(text) == options)
+        return [
+            name, r["keys_scored"], f"{float(r['recall_at_32']):.2f}", f"{float(r['attention_mass']):.2f}",
+            f"{float(r['output_error']):.3f}", r["times_dense"],
+        ]  # fmt: skip
+
+    head = ["`lsh`", "keys scored", "recall@32", "attention mass", "output error", "dense / sparse, causal"]
+    return table(head, (line(*item) for item in RECOMMENDED.items()))
+
+
+def recall_gaussian() -> str:
+    def line(r: Row) -> list[str]:
+        return [
+            f"{int(r['length']):,}", r["routing"], f"{float(r['keys_scored']):.0f}", f"{100 * float(r['share']):.0f} %",
+            f"{float(r['recall_at_32']):.3f}", f"{float(r['lift']):.2f}", r["lift_of_the_original"] or "–",
+        ]  # fmt: skip
+
+    chosen = [r for r in rows("recall.csv") if r["data"] == "gaussian" and r["routing"] != "fixed pattern only"]
+    head = ["N", "routing", "keys scored", "share looked at", "recall@32", "lift", "lift of the original"]
+    return table(head, map(line, chosen))
+
+
+def recall_model() -> str:
+    def line(r: Row) -> list[str]:
+        beyond = r["recall_beyond_window"]
+        return [
+            f"{int(r['length']):,}", str(int(r["layer"]) + 1), r["routing"], f"{float(r['keys_scored']):.0f}",
+            f"{100 * float(r['share']):.0f} %", f"{float(r['recall_at_32']):.3f}", beyond and f"{float(beyond):.3f}",
+            f"{float(r['attention_mass']):.2f}", f"{float(r['output_error']):.3f}",
+        ]  # fmt: skip
+
+    chosen = [r for r in rows("recall.csv") if r["data"] != "gaussian"]
+    head = ["N", "layer", "routing", "keys scored", "share looked at", "recall@32", "beyond the window"]
+    return table([*head, "attention mass", "output error"], map(line, chosen))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "cpu-summary": cpu_summary,
+    "cpu-seed-mix": lambda: timing("cpu_seed_mix.csv"),
+    "cpu-seed-mix-32768": lambda: timing("cpu_seed_mix_32768.csv", unit="s"),
+    "cpu-two-threads": lambda: timing("cpu_seed_mix_2_threads.csv"),
+    "cpu-other-mixes": lambda: timing("cpu_other_mixes.csv", mix=True),
+    "cpu-memory": memory,
+    "gpu": gpu,
+    "gpu-summary": gpu_summary,
+    "lsh-settings": lsh_settings,
+    "lsh-recommended": lsh_recommended,
+    "recall-gaussian": recall_gaussian,
+    "recall-model": recall_model,
+}
+
+
+def filled(text: str) -> str:
+    def fill(match: re.Match[str]) -> str:
+        name = match[1]
+        return f"<!-- {name} -->\n{TABLES[name]()}\n<!-- /{name} -->"
+
+    names = "|".join(map(re.escape, sorted(TABLES, key=len, reverse=True)))
+    return re.sub(rf"<!-- ({names}) -->.*?<!-- /\1 -->", fill, text, flags=re.DOTALL)
+
+
+def main(
+    check: Annotated[bool, typer.Option("--check", help="write nothing, say what is out of date")] = False,
+) -> None:
+    """Fill the tables of all pages."""
+    stale = []
+    for page in PAGES:
+        path = ROOT / page
+        before = path.read_text(encoding="utf-8")
+        after = filled(before)
+        if after != before:
+            stale.append(page)
+            if not check:
+                path.write_text(after, encoding="utf-8")
+    print(("out of date: " if check else "written: ") + (", ".join(stale) or "nothing"))
+    if check and stale:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
