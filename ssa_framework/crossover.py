@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 SHORTEST = 512
 """Below this many keys the overhead of routing never pays, and nothing is measured."""
-_REPEATS = 3
-_MARGIN = 0.97  # sparse must win by more than noise
+_REPEATS, _SECONDS, _MOST_REPEATS = 3, 0.5, 15
+"""Rounds at least; while they take less than so long, further ones, up to so many."""
+_MARGIN = 0.93  # sparse must win by more than noise
 _KV_HEADS = 4  # enough to weigh the fixed cost of a call as a real call does
 
 _answers: dict[tuple[Any, ...], bool] = {}
@@ -90,8 +91,11 @@ def _measure(
     dense, sparse = run(True), run(False)
     times: dict[Callable[[], None], float] = {dense: float("inf"), sparse: float("inf")}
     with torch.set_grad_enabled(with_backward):
-        for _ in range(_REPEATS):  # in turn, so that what else the machine does hits both
-            for attend in times:
+        begin = time.perf_counter()
+        for done in range(_MOST_REPEATS):
+            if done >= _REPEATS and time.perf_counter() - begin > _SECONDS:
+                break
+            for attend in times:  # in turn, so that what else the machine does hits both
                 _synchronize(device)
                 start = time.perf_counter()
                 attend()
