@@ -1,4 +1,4 @@
-"""Quality of `lsh` against keys scored, on queries and keys of a model of yours.
+"""Quality of routing against keys scored and time, on queries and keys of a model of yours.
 
 Takes a folder of files `*.pt`, one per layer, each `{"q": [H, N, D], "k": [Hkv, N, D], "v": [Hkv, N, D], "scale":
 float}` after the rotary embedding. Causal; a window of 16 and the first 4 tokens are always attended; 128 more keys are
@@ -31,7 +31,7 @@ from ssa_framework.quality import measure
 from ssa_framework.quality.timing import time_alternating
 
 CROSS: dict[str, Any] = {"hash": "cross_polytope"}
-SETTINGS: list[dict[str, Any]] = [
+LSH: list[dict[str, Any]] = [
     *({"candidates": c} for c in (32, 64, 128, 256)),
     *({"candidates": c, "center": False} for c in (64, 256)),
     *({"candidates": 128, "probes": p} for p in (2, 4, 8, 16)),
@@ -42,17 +42,28 @@ SETTINGS: list[dict[str, Any]] = [
     *({**CROSS, "candidates": 160, "rounds": r, "probes": 3, "max_planes": 7, "limit": 38} for r in (4, 8, 12, 16)),
     *({**CROSS, "candidates": 160, "rounds": 16, "probes": 2, "max_planes": 7, "limit": n} for n in (16, 24, 36, 72)),
 ]
+SETTINGS: list[tuple[str, dict[str, Any]]] = [
+    *(("lsh", options) for options in LSH),
+    ("clusters", {}),
+    ("clusters", {"keys": 128}),
+    ("clusters", {"keys": 512}),
+    ("clusters", {"cluster": 16}),
+    ("clusters", {"segment": 512}),
+    ("clusters", {"segment": 512, "cluster": 16, "keys": 192}),
+    ("clusters", {"segment": 2048}),
+    ("topk", {}),
+]
 ROUNDS = 3
 FIRST_QUERY, NEIGHBORS, WINDOW, TOKENS = 2048, 128, 16, 4
 COLUMNS = [
-    "options", "keys_scored", "recall_at_32", "recall_beyond_window", "attention_mass", "output_error",
+    "source", "options", "keys_scored", "recall_at_32", "recall_beyond_window", "attention_mass", "output_error",
     "output_error_p95", "times_dense", "sparse_ms", "dense_ms", "threads", "layers", "length", "queries", "version",
     "commit", "torch",
 ]  # fmt: skip
 
 
-def config_of(options: dict[str, Any]) -> SSAConfig:
-    mix = {"self": {}, "window": {"size": WINDOW}, "global": {"tokens": TOKENS}, "lsh": options}
+def config_of(source: str, options: dict[str, Any]) -> SSAConfig:
+    mix = {"self": {}, "window": {"size": WINDOW}, "global": {"tokens": TOKENS}, source: options}
     return SSAConfig(sources=mix, num_neighbors=NEIGHBORS + WINDOW + 1 + TOKENS)
 
 
@@ -61,7 +72,7 @@ def time_all(layer: dict[str, Any]) -> list[dict[str, Any]]:
     q, k, v = (layer[name][None].float() for name in "qkv")
     options = {"is_causal": True, "enable_gqa": True, "scale": layer["scale"]}
     contestants = {
-        str(i): functools.partial(sparse_attention, q, k, v, config=config_of(setting), **options)
+        str(i): functools.partial(sparse_attention, q, k, v, config=config_of(*setting), **options)
         for i, setting in enumerate(SETTINGS)
     }
     contestants["dense"] = functools.partial(F.scaled_dot_product_attention, q, k, v, **options)
@@ -84,9 +95,9 @@ def time_all(layer: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def evaluate(options: dict[str, Any], layers: list[dict[str, Any]], sample: int) -> dict[str, Any]:
+def evaluate(source: str, options: dict[str, Any], layers: list[dict[str, Any]], sample: int) -> dict[str, Any]:
     """Means over layers; queries are a seeded sample, the same for every setting."""
-    config = config_of(options)
+    config = config_of(source, options)
     reports, scored = [], []
     for layer in layers:
         q, k, v = (layer[name][None].float() for name in "qkv")
@@ -96,12 +107,13 @@ def evaluate(options: dict[str, Any], layers: list[dict[str, Any]], sample: int)
         query = q[:, :, rows]
         graph = build_graph(query, k, config=config, is_causal=True, query_positions=rows)
         reports.append(measure(query, k, v, graph, sample=sample, scale=layer["scale"]))
-        scored.append(graph.keys_scored()["lsh"])
+        scored.append(graph.keys_scored()[source])
 
     def mean(values: list[float]) -> str:
         return f"{sum(values) / len(values):.4f}"
 
     return {
+        "source": source,
         "options": json.dumps(options),
         "keys_scored": f"{sum(scored) / len(scored):.0f}",
         "recall_at_32": mean([r.recall for r in reports]),
@@ -124,12 +136,12 @@ def main(
     sample: Annotated[int, typer.Option(help="queries per head")] = 128,
     threads: Annotated[int, typer.Option(help="threads")] = 1,
 ) -> None:
-    """Measure settings of `lsh` on captured queries and keys."""
+    """Measure settings of `lsh`, `clusters` and `topk` on captured queries and keys."""
     torch.set_num_threads(threads)
     layers = [torch.load(path, weights_only=True) for path in sorted(tensors.glob("*.pt"))]
     if not layers:
         raise typer.BadParameter(f"no *.pt files in {tensors}")
-    rows = [evaluate(options, layers, sample) for options in track(SETTINGS, "measuring")]
+    rows = [evaluate(*setting, layers, sample) for setting in track(SETTINGS, "measuring")]
     for row, times in zip(rows, time_all(layers[len(layers) // 2]), strict=True):
         row.update(times)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -137,10 +149,10 @@ def main(
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    table = Table(*COLUMNS[:8])
+    table = Table(*COLUMNS[:9])
     for row in rows:
         options = ", ".join(f"{name}={value}" for name, value in json.loads(row["options"]).items())
-        table.add_row(options, *(str(row[name]) for name in COLUMNS[1:8]))
+        table.add_row(row["source"], options, *(str(row[name]) for name in COLUMNS[2:9]))
     Console(width=180).print(table)
     print(f"written: {out}")
 

@@ -143,49 +143,49 @@ def memory() -> str:
     )
 
 
-def _options(text: str) -> str:
-    return "`" + ", ".join(f"{name}={value}" for name, value in json.loads(text).items()) + "`"
+def _setting(row: Row) -> str:
+    options = ", ".join(f"{name}={value}" for name, value in json.loads(row["options"]).items())
+    return f"`{row['source']}`" + (f": `{options}`" if options else "")
 
 
-def lsh_settings() -> str:
+def routing_settings() -> str:
     def line(r: Row) -> list[str]:
         shares = (f"{float(r[name]):.2f}" for name in ("recall_at_32", "recall_beyond_window", "attention_mass"))
-        error = f"{float(r['output_error']):.3f}"
-        return [
-            _options(r["options"]),
-            r["keys_scored"],
-            *shares,
-            error,
-            f"{float(r['output_error_p95']):.2f}",
-            r["times_dense"],
-        ]
+        errors = (f"{float(r['output_error']):.3f}", f"{float(r['output_error_p95']):.2f}")
+        return [_setting(r), r["keys_scored"], *shares, *errors, r["times_dense"]]
 
-    head = ["`lsh` options", "keys scored", "recall@32", "beyond the window", "attention mass", "output error"]
+    head = ["routing", "keys scored", "recall@32", "beyond the window", "attention mass", "output error"]
     return table([*head, "95 % below", "dense / sparse"], map(line, rows("routing_quality.csv")))
 
 
-RECOMMENDED = {
-    "the default": {"candidates": 64},
-    "hyperplanes, 4 probes": {"candidates": 128, "probes": 4},
-    "cross-polytope, 3 probes": {"hash": "cross_polytope", "candidates": 128, "probes": 3},
-    "cross-polytope, 12 rounds, 3 probes, `candidates=160, max_planes=7, limit=38`": {
-        "hash": "cross_polytope", "candidates": 160, "rounds": 12, "probes": 3, "max_planes": 7, "limit": 38,
-    },
-}  # fmt: skip
+RECOMMENDED: list[tuple[str, str, dict[str, object]]] = [
+    ("`lsh`, the default", "lsh", {"candidates": 64}),
+    ("`lsh`, hyperplanes, 4 probes", "lsh", {"candidates": 128, "probes": 4}),
+    ("`lsh`, cross-polytope, 3 probes", "lsh", {"hash": "cross_polytope", "candidates": 128, "probes": 3}),
+    (
+        "`lsh`, cross-polytope, 12 rounds, 3 probes, `candidates=160, max_planes=7, limit=38`",
+        "lsh",
+        {"hash": "cross_polytope", "candidates": 160, "rounds": 12, "probes": 3, "max_planes": 7, "limit": 38},
+    ),
+    ("`clusters`, segments of 512, 16 keys a cluster", "clusters", {"segment": 512, "cluster": 16, "keys": 192}),
+    ("`clusters`, the default", "clusters", {}),
+    ("`topk`, exact", "topk", {}),
+]
 
 
-def lsh_recommended() -> str:
-    by_options = {r["options"]: r for r in rows("routing_quality.csv")}
+def routing_recommended() -> str:
+    found = rows("routing_quality.csv")
 
-    def line(name: str, options: dict[str, object]) -> list[str]:
-        r = next(r for text, r in by_options.items() if json.loads(text) == options)
+    def line(setting: tuple[str, str, dict[str, object]]) -> list[str]:
+        name, source, options = setting
+        r = next(r for r in found if r["source"] == source and json.loads(r["options"]) == options)
         return [
             name, r["keys_scored"], f"{float(r['recall_at_32']):.2f}", f"{float(r['attention_mass']):.2f}",
             f"{float(r['output_error']):.3f}", r["times_dense"],
         ]  # fmt: skip
 
-    head = ["`lsh`", "keys scored", "recall@32", "attention mass", "output error", "dense / sparse, causal"]
-    return table(head, (line(*item) for item in RECOMMENDED.items()))
+    head = ["routing", "keys scored", "recall@32", "attention mass", "output error", "dense / sparse, causal"]
+    return table(head, map(line, RECOMMENDED))
 
 
 def recall_gaussian() -> str:
@@ -223,8 +223,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-memory": memory,
     "gpu": gpu,
     "gpu-summary": gpu_summary,
-    "lsh-settings": lsh_settings,
-    "lsh-recommended": lsh_recommended,
+    "routing-settings": routing_settings,
+    "routing-recommended": routing_recommended,
     "recall-gaussian": recall_gaussian,
     "recall-model": recall_model,
 }

@@ -2,8 +2,10 @@
 
 from ssa_framework.errors import BudgetError, ConfigError, MissingExtraError, SSAError
 from ssa_framework.hookspecs import ENTRY_POINT_GROUP, hookimpl
+from ssa_framework.ops.cluster_keys import Clusters, cluster_keys
 from ssa_framework.ops.group_keys import group_keys
 from ssa_framework.ops.lsh_slices import HashLevels, lsh_slices
+from ssa_framework.ops.rank_clusters import rank_clusters
 from ssa_framework.proposals import Band, Candidates, Columns, Proposal, Ranges
 from ssa_framework.registry import Registrar
 from ssa_framework.source import LayerSpec, NeighborSource, RoutingContext
@@ -13,6 +15,7 @@ __all__ = [
     "Band",
     "BudgetError",
     "Candidates",
+    "Clusters",
     "Columns",
     "ConfigError",
     "HashLevels",
@@ -24,7 +27,9 @@ __all__ = [
     "Registrar",
     "RoutingContext",
     "SSAError",
+    "cluster_keys",
     "group_keys",
     "hookimpl",
     "lsh_slices",
+    "rank_clusters",
 ]

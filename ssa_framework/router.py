@@ -192,7 +192,7 @@ class Router(nn.Module):
                     shared_k=k if source.learns else k.detach(),
                     mask=mask,
                     budget=budget if budget > 0 else MIN_CONTENT_SLOTS,
-                    generator=torch.Generator(q.device).manual_seed(self.layer.seed),
+                    seed=self.layer.seed,
                     inputs=inputs.get(name),
                 )
                 if ctx.num_keys == 0 or ctx.num_queries == 0 or ctx.batch == 0:

@@ -47,14 +47,14 @@ class RoutingContext:
         mask: which edges are allowed. A source need not look at it; the router does.
         budget: neighbor slots left by the sources named before this one, at least 1.
         inputs: what the caller passed for this source with this call (``source_inputs``), or ``None``.
-        generator: seeded by the layer, the same for every call.
+        seed: of the layer; see `generator`.
     """
 
     q: Tensor
     shared_k: Tensor
     mask: EdgeMask
     budget: int
-    generator: torch.Generator
+    seed: int = 0
     inputs: Any = None
 
     @property
@@ -76,6 +76,12 @@ class RoutingContext:
     @property
     def device(self) -> torch.device:
         return self.q.device
+
+    @cached_property
+    def generator(self) -> torch.Generator:
+        """Where randomness comes from, on the device of the queries; the same for every call. It is made when asked
+        for, since a CUDA graph cannot capture that."""
+        return torch.Generator(self.device).manual_seed(self.seed)
 
     @cached_property
     def k(self) -> Tensor:

@@ -152,6 +152,25 @@ class TestLSHNotCentred(SourceContract):
     options: ClassVar = {"rounds": 2, "candidates": 4, "max_planes": 3, "center": False}
 
 
+class TestClusters(SourceContract):
+    """Several full segments, and a rest."""
+
+    source = "clusters"
+    options: ClassVar = {"segment": 8, "cluster": 2, "keys": 6, "iterations": 2}
+
+
+class TestClustersOfOneKey(SourceContract):
+    source = "clusters"
+    options: ClassVar = {"segment": 5, "cluster": 1, "keys": 3}
+
+
+class TestClustersOfShortSequences(SourceContract):
+    """No segment is ever full."""
+
+    source = "clusters"
+    options: ClassVar = {"segment": 1000}
+
+
 # -- broken sources ----------------------------------------------------------------------------------------------
 
 

@@ -111,7 +111,7 @@ class SourceContract:
             shared_k=inputs.k,
             mask=inputs.edge_mask(),
             budget=self.num_neighbors,
-            generator=torch.Generator().manual_seed(layer.seed),
+            seed=layer.seed,
             inputs=self.source_inputs(inputs),
         )
         proposal = validate_proposal(

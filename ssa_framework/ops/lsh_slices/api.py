@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from importlib.util import find_spec
 from typing import get_args
 
 import torch
@@ -38,7 +40,7 @@ def lsh_slices(
         family: ``"hyperplane"`` or ``"cross_polytope"``.
         probes: further buckets per query and function; fewer where there are no more.
         center: hash keys relative to the mean of their document (causal: of its keys up to each).
-        backend: ``"auto"``, ``"numba"`` (CPU) or ``"torch"``.
+        backend: ``"auto"``, ``"numba"`` (CPU), ``"triton"`` (CUDA) or ``"torch"``.
 
     Returns:
         ``order`` int32 ``[B, Hkv, S, L]``, the orders for 0, 1, 2, ... bits one after the other, within a bucket in
@@ -47,7 +49,7 @@ def lsh_slices(
 
     Raises:
         ShapeError, ConfigError: arguments that do not fit together, directions that are not finite.
-        BackendUnavailableError: ``"numba"`` on another device.
+        BackendUnavailableError: ``"numba"`` or ``"triton"`` where it cannot serve the call.
     """
     if q.dim() != 4 or k.dim() != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
         raise ShapeError(
@@ -70,14 +72,30 @@ def lsh_slices(
         from ssa_framework.ops.lsh_slices import numba_cpu  # Numba takes a moment to import
 
         return numba_cpu.slices(q, k, directions, family, probes, levels, center)
+    if backend == "triton" or (backend == "auto" and q.device.type == "cuda"):
+        reason = _why_not_triton(q, k, family, probes, levels)
+        if reason is None:
+            from ssa_framework.ops.lsh_slices import triton_cuda
+
+            return triton_cuda.slices(q, k, directions, family, probes, levels, center)
+        if backend == "triton":
+            raise BackendUnavailableError(f"backend 'triton' cannot hash here: {reason}; use backend='auto'")
     return torch_sort.slices(q, k, directions, family, probes, levels, center)
 
 
+def _why_not_triton(q: Tensor, k: Tensor, family: Family, probes: int, levels: HashLevels) -> str | None:
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    from ssa_framework.ops.lsh_slices import triton_cuda  # Triton takes a moment to import
+
+    return triton_cuda.why_not(q, k, family, probes, levels)
+
+
 def _check_finite(directions: Tensor) -> None:
-    finite = torch.isfinite(directions).all()
     message = "hash directions are not finite; the buffer that holds them was overwritten with NaN or inf"
     if directions.device.type == "cpu":
-        if not bool(finite):
+        if not bool(torch.isfinite(directions).all()):
             raise ConfigError(message)
     else:
-        torch._assert_async(finite, message)  # asking for the answer would wait for the device
+        # few launches: the largest magnitude is NaN where one is; asking for the answer would wait for the device
+        torch._assert_async(torch.linalg.vector_norm(directions, math.inf) < math.inf, message)

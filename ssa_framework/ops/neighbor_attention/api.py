@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ssa_framework.errors import BackendUnavailableError, ConfigError, DtypeError, GraphError, ShapeError
-from ssa_framework.ops.neighbor_attention import reference
+from ssa_framework.ops.neighbor_attention import reference, triton_support
 from ssa_framework.ops.neighbor_attention.dense import dense_attention
 from ssa_framework.ops.neighbor_attention.op import IMPLEMENTATIONS, neighbor_attention_op
 from ssa_framework.ops.neighbor_attention.parts import GraphParts
@@ -20,13 +20,15 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def available_backends() -> tuple[str, ...]:
-    """Names that ``backend`` accepts."""
-    return ("auto", "reference", *sorted(IMPLEMENTATIONS))
+    """Names that ``backend`` accepts here; ``"triton"`` where Triton and a GPU (or Triton's interpreter) are there."""
+    here = [name for name in IMPLEMENTATIONS if name != "triton" or triton_support.works_here()]
+    return ("auto", "reference", *sorted(here))
 
 
 def check_backend(backend: str) -> None:
     """Raises `BackendUnavailableError` for a name that is no backend, and lists those that are."""
-    if backend not in available_backends():
+    # what a known backend lacks here, the call says that it cannot serve
+    if backend not in ("auto", "reference", *IMPLEMENTATIONS):
         raise BackendUnavailableError(f"backend {backend!r} is not available; available: {available_backends()}")
 
 
@@ -92,7 +94,8 @@ def neighbor_attention(
         dropout_p: probability of dropping an attention weight; the caller passes 0 outside training.
         fp32_weights: keep the weights of half-precision inputs in float32 up to the product with the values (the
             ``numba`` backend always does).
-        backend: ``"auto"`` (``"numba"`` on a CPU, ``"torch"`` elsewhere) or one of `available_backends`.
+        backend: ``"auto"`` (``"numba"`` on a CPU, ``"triton"`` on CUDA where it serves the call, else ``"torch"``) or
+            one of `available_backends`.
         dense: a full graph may be computed by torch's dense attention, which returns no ``lse``.
 
     Returns:
@@ -119,10 +122,12 @@ def neighbor_attention(
                 f"backend 'reference' stores all {elements} scores and serves at most {reference.MAX_ELEMENTS}; "
                 f"use backend='torch'"
             )
-    backend = _choose_backend(backend, q)
+    pieces = _parts_in_rows(graph)
+    has_bias = any(parts.bias is not None for _, parts in pieces)
+    backend = _choose_backend(backend, q, v, dropout_p=dropout_p, has_bias=has_bias)
     seed = int(torch.randint(2**62, ())) if dropout_p > 0.0 else 0
     outs, sums = [], []
-    for rows, parts in _parts_in_rows(graph):
+    for rows, parts in pieces:
         q_rows = q[:, :, rows]
         if backend == "reference":
             out, lse = reference.forward(
@@ -155,15 +160,23 @@ def neighbor_attention(
     return torch.cat(outs, dim=2), torch.cat(sums, dim=2)
 
 
-def _choose_backend(backend: str, q: Tensor) -> str:
+def _choose_backend(
+    backend: str, q: Tensor, v: Tensor | None = None, *, dropout_p: float = 0.0, has_bias: bool = False
+) -> str:
+    """The backend that serves the call; ``v`` has the width of ``q`` if left out."""
     on_cpu = q.device.type == "cpu"
     if backend == "numba" and not on_cpu:
         raise BackendUnavailableError(
             f"backend 'numba' computes on the CPU, the tensors are on {q.device}; use backend='auto' or 'torch'"
         )
-    if backend == "auto":
-        return "numba" if on_cpu else "torch"
-    return backend
+    if backend == "auto" and on_cpu:
+        return "numba"
+    if backend == "triton" or (backend == "auto" and q.device.type == "cuda"):
+        reason = triton_support.why_not(q, q if v is None else v, dropout_p, has_bias)
+        if reason is not None and backend == "triton":
+            raise BackendUnavailableError(f"backend 'triton' cannot serve the call: {reason}; use backend='auto'")
+        return "torch" if reason is not None else "triton"
+    return "torch" if backend == "auto" else backend
 
 
 def _without_padding(k: Tensor, v: Tensor, graph: NeighborGraph) -> tuple[Tensor, Tensor]:

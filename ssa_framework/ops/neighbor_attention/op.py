@@ -26,7 +26,13 @@ def _numba() -> ModuleType:
     return numba_cpu
 
 
-IMPLEMENTATIONS: dict[str, Callable[[], ModuleType]] = {"numba": _numba, "torch": _torch}
+def _triton() -> ModuleType:
+    from ssa_framework.ops.neighbor_attention import triton_cuda  # Triton may not be installed
+
+    return triton_cuda
+
+
+IMPLEMENTATIONS: dict[str, Callable[[], ModuleType]] = {"numba": _numba, "torch": _torch, "triton": _triton}
 """Modules, loaded on first use, with a ``forward`` and a recomputing ``backward`` function."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def select_neighbors(
         proposed: validated proposals (`Candidates`, `Ranges`), in the order of the sources.
         eligible: which keys may be listed.
         budget: slots per query, at least 1.
-        backend: ``"auto"``, ``"numba"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"numba"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Raises:
         BudgetError: guaranteed candidates do not fit. BackendUnavailableError: the named backend cannot serve the call.
@@ -46,7 +47,8 @@ def select_neighbors(
     if not proposed or k.shape[2] == 0 or q.shape[2] == 0 or q.shape[0] == 0:
         return Selection(None, zeros, zeros)
     _check_guaranteed(proposed, budget)
-    chosen = _choose_backend(q, k, eligible, backend)(q, k, proposed, eligible, budget)
+    run = _choose_backend(q, k, proposed, eligible, budget, backend)
+    chosen = run(q, k, proposed, eligible, budget)
     return Selection(chosen.neighbors, {**zeros, **chosen.listed}, {**zeros, **chosen.keys_scored})
 
 
@@ -59,7 +61,9 @@ def _is_empty(proposal: Candidates | Ranges) -> bool:
     return proposal.start is not None and 0 in proposal.start.shape[3:]
 
 
-def _choose_backend(q: Tensor, k: Tensor, eligible: Eligible, backend: str) -> Callable[..., Selection]:
+def _choose_backend(
+    q: Tensor, k: Tensor, proposed: Sequence[Proposed], eligible: Eligible, budget: int, backend: str
+) -> Callable[..., Selection]:
     if backend == "reference":
         elements = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
         if elements > reference.MAX_ELEMENTS:
@@ -76,6 +80,14 @@ def _choose_backend(q: Tensor, k: Tensor, eligible: Eligible, backend: str) -> C
             return numba_cpu.select
         if backend == "numba":
             raise BackendUnavailableError(f"backend 'numba' cannot select here: {reason}; use backend='auto'")
+    if backend == "triton" or (backend == "auto" and q.device.type == "cuda"):
+        reason = _why_not_triton(q, k, proposed, eligible, budget)
+        if reason is None:
+            from ssa_framework.ops.select_neighbors import triton_cuda
+
+            return triton_cuda.select
+        if backend == "triton":
+            raise BackendUnavailableError(f"backend 'triton' cannot select here: {reason}; use backend='auto'")
     return torch_gather.select
 
 
@@ -85,6 +97,15 @@ def _why_not_numba(q: Tensor, eligible: Eligible) -> str | None:
     if eligible.mask.has_explicit:
         return "attn_mask and mask_mod are looked up edge by edge, which its selection does not do"
     return None
+
+
+def _why_not_triton(q: Tensor, k: Tensor, proposed: Sequence[Proposed], eligible: Eligible, budget: int) -> str | None:
+    spec = find_spec("triton")
+    if spec is None or spec.origin is None:  # any folder of that name would do as a namespace package
+        return "the package triton is not installed"
+    from ssa_framework.ops.select_neighbors import triton_cuda  # Triton takes a moment to import
+
+    return triton_cuda.why_not(q, k, proposed, eligible, budget)
 
 
 def _check_guaranteed(proposed: Sequence[Proposed], budget: int) -> None:

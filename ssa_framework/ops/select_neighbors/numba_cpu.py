@@ -159,8 +159,8 @@ def _longest(proposal: Candidates | Ranges, count: int) -> int:
     slices = proposal.start.shape[3] * proposal.start.shape[4]
     if proposal.limit is not None:
         return slices * min(count, proposal.limit)
-    lengths = proposal.end - proposal.start
-    return slices * int(lengths.max()) if lengths.numel() else 0
+    lengths = (proposal.end - proposal.start).flatten(3)
+    return int(lengths.sum(-1).max()) if lengths.numel() else 0
 
 
 def _is_scan(p: Proposed) -> bool:

@@ -1,0 +1,80 @@
+"""`cluster_keys`: validate, choose an implementation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ssa_framework.errors import BackendUnavailableError, ConfigError, ShapeError
+from ssa_framework.ops.cluster_keys import torch_lloyd
+from ssa_framework.ops.cluster_keys.types import Clusters, cluster_capacity
+
+_BACKENDS = ("auto", "numba", "torch")
+
+
+@torch.no_grad()
+def cluster_keys(
+    k: Tensor,
+    starts: Tensor,
+    length: int,
+    clusters: int,
+    *,
+    iterations: int = 5,
+    capacity: int | None = None,
+    backend: str = "auto",
+) -> Clusters:
+    """K-means of segments of the keys (Lloyd, 1982), each segment by itself.
+
+    Keys are centred on the mean of their segment. Centroids begin as keys at even distances; each of ``iterations``
+    steps gives every key to the centroid c with the largest ``x·c - |c|²/2`` (the nearest; the first of equals) and
+    moves every centroid to the mean of its keys; one without keys stays. Keys are then given out once more, and a
+    cluster of n keys is cut by position into ``ceil(n / capacity)`` clusters of about equal size.
+
+    What comes out for a segment depends on its keys alone, bit for bit, whatever else is in the call.
+
+    Args:
+        k: ``[B, Hkv, M, D]``, any floating dtype, clustered in float32.
+        starts: int32 ``[B or 1, F]``, the first key of each segment; -1 = a segment that is not used.
+        length: L, keys of a segment. clusters: centroids of a segment, at most L.
+        iterations: Lloyd steps. capacity: the most keys of a cluster; None = twice the mean.
+        backend: ``"auto"``, ``"numba"`` (CPU) or ``"torch"``.
+
+    Returns:
+        `Clusters`, with ``cluster_slots(length, clusters, capacity)`` slots per segment.
+
+    Raises:
+        ShapeError: ``k`` or ``starts`` of another shape or dtype, segments that reach beyond the keys.
+        ConfigError: numbers out of range. BackendUnavailableError: a backend that cannot serve the call.
+    """
+    if k.dim() != 4 or not k.is_floating_point():
+        raise ShapeError(f"k must be floating [B, Hkv, M, D], got {k.dtype} {list(k.shape)}")
+    if starts.dim() != 2 or starts.shape[0] not in (1, k.shape[0]) or starts.dtype != torch.int32:
+        raise ShapeError(
+            f"starts must be int32 [B or 1, F] with B = {k.shape[0]}, got {starts.dtype} {list(starts.shape)}"
+        )
+    capacity = cluster_capacity(length, clusters, capacity)
+    if iterations < 0:
+        raise ConfigError(f"iterations must be 0 or more, got {iterations}")
+    _check_reach(starts, k.shape[2], length)
+    if backend not in _BACKENDS:
+        raise BackendUnavailableError(f"backend {backend!r} cannot cluster keys; use one of {', '.join(_BACKENDS)}")
+    # computed once for all implementations: they would not round alike
+    initial = torch.linspace(0, length - 1, clusters).to(torch.int32)
+    on_cpu = k.device.type == "cpu"
+    if backend == "numba" and not on_cpu:
+        raise BackendUnavailableError(f"backend 'numba' serves CPU tensors, got {k.device}; use backend='auto'")
+    if backend in ("auto", "numba") and on_cpu:
+        from ssa_framework.ops.cluster_keys import numba_cpu  # Numba takes a moment to import
+
+        return numba_cpu.cluster(k, starts, length, initial, iterations, capacity)
+    return torch_lloyd.cluster(k, starts, length, initial, iterations, capacity)
+
+
+def _check_reach(starts: Tensor, keys: int, length: int) -> None:
+    fits = ((starts >= -1) & ((starts < 0) | (starts <= keys - length))).all()
+    message = f"segments of {length} keys must start at -1 (not used) or at 0 to M - {length} = {keys - length}"
+    if starts.device.type == "cpu":
+        if not bool(fits):
+            raise ShapeError(f"{message}, got starts from {int(starts.min())} to {int(starts.max())}")
+    elif starts.device.type != "meta":
+        torch._assert_async(fits, message)  # asking for the answer would wait for the device

@@ -1,0 +1,110 @@
+"""Forward kernel: one program per query and list head; band, columns and list in one online softmax."""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+import triton
+from ssa_framework.ops.neighbor_attention.triton_tiles import (
+    LN_2,
+    LOG2_E,
+    band_of,
+    fixed_keys,
+    gather,
+    listed_keys,
+    load_heads,
+    products,
+    weighted_sum,
+)
+
+
+@triton.jit
+def _attend(
+    keys, x, m, total, acc, k, v, k_start, v_start, scale,
+    K_ROW: tl.constexpr, V_ROW: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, W: tl.constexpr, WV: tl.constexpr,
+    PADDED: tl.constexpr, FP32: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax (in powers of 2) over ``keys [S]``."""
+    # both on their way before either is used
+    key_tile = gather(k_start, keys, k, K_ROW, D, W)
+    value_tile = gather(v_start, keys, v, V_ROW, DV, WV)
+    # [S, PADDED]
+    s = products(key_tile, x, PADDED, PRECISION) * scale
+    s = tl.where((keys >= 0)[:, None], s, -float("inf"))
+    # [1, PADDED]
+    new_m = tl.maximum(m, tl.max(s, 0, keep_dims=True))
+    # no key so far: subtract 0, so that the weights are exp(-inf) = 0, not NaN
+    finite = tl.where(new_m == -float("inf"), 0.0, new_m)
+    p = tl.exp2(s - finite)
+    keep = tl.exp2(m - finite)
+    total = total * keep + p
+    acc = weighted_sum(value_tile, p, acc * keep, PADDED, FP32, PRECISION)
+    return new_m, total, acc
+
+
+@triton.jit
+def attend_kernel(
+    q, k, v, out, lse, fixed, lists, num_queries, num_keys, scale,
+    HEADS: tl.constexpr, KV_SHARE: tl.constexpr, CAUSAL: tl.constexpr, FIXED: tl.constexpr,
+    K_ROW: tl.constexpr, V_ROW: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, W: tl.constexpr,
+    WV: tl.constexpr, PADDED: tl.constexpr,
+    SLOTS: tl.constexpr, FP32: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``out [B, H, N, DV]``, ``lse [B, H, N]`` of query ``program_id(0)``, list head ``program_id(1)``.
+
+    A list head is ``HEADS`` query heads with one list; ``KV_SHARE`` list heads share a key/value head. Queries are the
+    fastest axis of the grid, so that one head's keys and values stay in the L2 cache.
+    """
+    row = tl.program_id(0)
+    list_head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    kv_head = list_head // KV_SHARE
+    head = list_head * HEADS
+    k_start = k.pointer + batch * k.batch + kv_head * k.head
+    v_start = v.pointer + batch * v.batch + kv_head * v.head
+    # [W, PADDED], or [1, W]
+    x = load_heads(q, batch, head, row.to(tl.int64), HEADS, PADDED, D, W)
+    m = tl.full((1, PADDED), -float("inf"), tl.float32)
+    # [SLOTS, PADDED]; the sum over the slots is taken once, at the end
+    total = tl.zeros((SLOTS, PADDED), tl.float32)
+    # [WV, PADDED], or [1, WV]
+    acc = tl.zeros((1, WV) if PADDED == 1 else (WV, PADDED), tl.float32)
+    scale = scale * LOG2_E
+
+    if FIXED:
+        first, last = band_of(fixed, row + fixed.offset, num_keys)
+        count = tl.maximum(last - first + 1, 0) + fixed.num_columns
+        for start in range(0, count, SLOTS):
+            slots = start + tl.arange(0, SLOTS)
+            keys = fixed_keys(fixed, batch, row, first, last, slots, CAUSAL)
+            m, total, acc = _attend(
+                keys, x, m, total, acc, k, v, k_start, v_start, scale,
+                K_ROW, V_ROW, D, DV, W, WV, PADDED, FP32, PRECISION,
+            )  # fmt: skip
+    if lists.pointer is not None:
+        list_start = lists.pointer + batch * lists.batch + list_head * lists.head + row.to(tl.int64) * lists.row
+        keys = listed_keys(list_start, lists, 0, SLOTS)
+        for start in range(0, lists.slots, SLOTS):
+            # read ahead, so that a step does not begin with waiting for its own keys
+            next_keys = listed_keys(list_start, lists, start + SLOTS, SLOTS)
+            m, total, acc = _attend(
+                keys, x, m, total, acc, k, v, k_start, v_start, scale,
+                K_ROW, V_ROW, D, DV, W, WV, PADDED, FP32, PRECISION,
+            )  # fmt: skip
+            keys = next_keys
+
+    empty = m == -float("inf")
+    total = tl.sum(total, 0, keep_dims=True)
+    total = tl.where(empty, 1.0, total)
+    acc = acc / total
+    row_lse = (m + tl.log2(total)) * LN_2
+    heads = tl.arange(0, PADDED).to(tl.int64)
+    dims = tl.arange(0, WV)
+    start = out.pointer + batch * out.batch + head * out.head + row.to(tl.int64) * out.row
+    if PADDED == 1:
+        tl.store(start + dims[None, :], acc.to(out.pointer.dtype.element_ty), mask=dims[None, :] < DV)
+    else:
+        inside = (dims[:, None] < DV) & (heads[None, :] < HEADS)
+        tl.store(start + heads[None, :] * out.head + dims[:, None], acc.to(out.pointer.dtype.element_ty), mask=inside)
+    lse_start = lse.pointer + batch * lse.batch + head * lse.head + row
+    tl.store(lse_start + heads[None, :] * lse.head, row_lse, mask=heads[None, :] < HEADS)

@@ -1,0 +1,181 @@
+"""What the kernels of this op share: how tensors and graphs are passed, which keys a query has, small products."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton.language as tl
+
+import triton
+from ssa_framework.ops.triton_runtime import dot
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+class Rows(NamedTuple):
+    """A tensor ``[B, heads, length, dim]``: pointer and strides."""
+
+    pointer: Any
+    batch: Any
+    head: Any
+    row: Any
+    dim: Any
+
+
+class Fixed(NamedTuple):
+    """Band and columns, and the masks that hold for them; pointers that are ``None`` are not there.
+
+    ``before`` and ``after`` are -1 without a band. ``keep``: bool ``[B, M]``; ``query_segments`` ``[B, N]`` and
+    ``key_segments`` ``[B, M]``; each with its two strides (0 for an axis that is broadcast).
+    """
+
+    before: Any
+    after: Any
+    offset: Any
+    columns: Any
+    num_columns: Any
+    keep: Any
+    keep_batch: Any
+    keep_key: Any
+    query_segments: Any
+    query_segments_batch: Any
+    query_segments_row: Any
+    key_segments: Any
+    key_segments_batch: Any
+    key_segments_key: Any
+
+
+class Lists(NamedTuple):
+    """Neighbor lists ``[B, G, N, K]``: pointer (``None`` for no lists), strides (0 = broadcast) and K."""
+
+    pointer: Any
+    batch: Any
+    head: Any
+    row: Any
+    slot: Any
+    slots: Any
+
+
+@triton.jit
+def kept(fixed, batch, keys, row, in_range):
+    """bool like ``keys``: neither padding nor in another document than query ``row`` (a number, or like ``keys``)."""
+    allowed = in_range
+    if fixed.keep is not None:
+        keep = tl.load(fixed.keep + batch * fixed.keep_batch + keys * fixed.keep_key, mask=in_range, other=0)
+        allowed = allowed & (keep != 0)
+    if fixed.query_segments is not None:
+        of_query = tl.load(fixed.query_segments + batch * fixed.query_segments_batch + row * fixed.query_segments_row)
+        of_keys = tl.load(
+            fixed.key_segments + batch * fixed.key_segments_batch + keys * fixed.key_segments_key,
+            mask=in_range,
+            other=-1,
+        )
+        allowed = allowed & (of_keys == of_query)
+    return allowed
+
+
+@triton.jit
+def kept_pairs(fixed, batch, keys, row, allowed):
+    """``allowed [S, R]``, less the padding among ``keys [S]`` and what queries ``row [R]`` have in other documents."""
+    some_key = tl.max(allowed.to(tl.int32), 1) > 0
+    some_row = tl.max(allowed.to(tl.int32), 0) > 0
+    if fixed.keep is not None:
+        keep = tl.load(fixed.keep + batch * fixed.keep_batch + keys * fixed.keep_key, mask=some_key, other=0)
+        allowed = allowed & (keep != 0)[:, None]
+    if fixed.query_segments is not None:
+        of_queries = tl.load(
+            fixed.query_segments + batch * fixed.query_segments_batch + row * fixed.query_segments_row,
+            mask=some_row,
+            other=-1,
+        )
+        of_keys = tl.load(
+            fixed.key_segments + batch * fixed.key_segments_batch + keys * fixed.key_segments_key,
+            mask=some_key,
+            other=-1,
+        )
+        allowed = allowed & (of_keys[:, None] == of_queries[None, :])
+    return allowed
+
+
+@triton.jit
+def band_of(fixed, position, num_keys):
+    """First and last key of the band of the query at ``position``; first > last where there is none."""
+    return tl.maximum(position - fixed.before, 0), tl.minimum(position + fixed.after, num_keys - 1)
+
+
+@triton.jit
+def fixed_keys(fixed, batch, row, first, last, slots, CAUSAL: tl.constexpr):
+    """Keys of band and columns, in this order: ``slots [S]`` → int32 ``[S]``, -1 where a slot holds no edge."""
+    width = tl.maximum(last - first + 1, 0)
+    keys = first + slots
+    valid = slots < width
+    if fixed.columns is not None:
+        column = slots - width
+        is_column = (column >= 0) & (column < fixed.num_columns)
+        columns = tl.load(fixed.columns + column, mask=is_column, other=-1)
+        # those inside the band were counted there
+        outside = (columns < first) | (columns > last)
+        if CAUSAL:
+            outside = outside & (columns <= row + fixed.offset)
+        keys = tl.where(is_column, columns, keys)
+        valid = valid | (is_column & outside)
+    valid = kept(fixed, batch, keys, row, valid)
+    return tl.where(valid, keys, -1)
+
+
+@triton.jit
+def listed_keys(start, lists, first, SLOTS: tl.constexpr):
+    """Keys in the ``SLOTS`` slots from ``first`` on, -1 past the end."""
+    slots = first + tl.arange(0, SLOTS)
+    return tl.load(start + slots * lists.slot, mask=slots < lists.slots, other=-1)
+
+
+@triton.jit
+def load_heads(rows, batch, head, row, HEADS: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
+    """The rows of ``HEADS`` heads, of width ``D`` padded to ``W``: ``[W, PADDED]``, or ``[1, W]`` for one head."""
+    start = rows.pointer + batch * rows.batch + head * rows.head + row * rows.row
+    dims = tl.arange(0, W)
+    if PADDED == 1:
+        tile = tl.load(start + dims[None, :] * rows.dim, mask=dims[None, :] < D, other=0.0)
+    else:
+        heads = tl.arange(0, PADDED).to(tl.int64)
+        inside = (dims[:, None] < D) & (heads[None, :] < HEADS)
+        tile = tl.load(start + heads[None, :] * rows.head + dims[:, None] * rows.dim, mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def gather(start, keys, rows, ROW: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
+    """Rows ``keys [S]`` of one head's keys or values: ``[S, W]``, zeros where a key is -1.
+
+    ``ROW`` is their distance: as a constant, an address takes one instruction instead of seven.
+    """
+    dims = tl.arange(0, W)
+    inside = (keys >= 0)[:, None]
+    if D != W:
+        inside = inside & (dims < D)[None, :]
+    # a thread's place within a row does not depend on the row
+    return tl.load((start + dims * rows.dim)[None, :] + keys[:, None].to(tl.int64) * ROW, mask=inside, other=0.0)
+
+
+@triton.jit
+def products(tile, x, PADDED: tl.constexpr, PRECISION: tl.constexpr):
+    """``tile [S, W]`` by ``x`` (as `load_heads` gives it) → ``[S, PADDED]``."""
+    if PADDED == 1:  # one row can't fill a matrix unit
+        result = tl.sum(tile.to(tl.float32) * x.to(tl.float32), 1, keep_dims=True)
+    else:
+        result = dot(tile, x, tl.zeros((tile.shape[0], PADDED), tl.float32), PRECISION)
+    return result
+
+
+@triton.jit
+def weighted_sum(tile, weights, acc, PADDED: tl.constexpr, FP32: tl.constexpr, PRECISION: tl.constexpr):
+    """``acc`` plus the rows of ``tile [S, W]``, weighted by ``weights [S, PADDED]``; ``acc`` has the shape of ``x``."""
+    if FP32:
+        tile = tile.to(tl.float32)
+    if PADDED == 1:
+        acc += tl.sum(tile.to(tl.float32) * weights, 0, keep_dims=True)
+    else:
+        acc = dot(tl.trans(tile), weights.to(tile.dtype), acc, PRECISION)
+    return acc

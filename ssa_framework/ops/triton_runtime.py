@@ -1,0 +1,21 @@
+"""What Triton kernels share: whether they run in the interpreter, and a matrix product that works there too."""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+import triton
+from triton import knobs
+
+INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+"""Whether ``TRITON_INTERPRET=1`` was set when this module was imported: kernels then run on CPU tensors."""
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``a [m, k] @ b [k, n] + acc [m, n]`` in float32."""
+    if INTERPRETED:
+        # the interpreter multiplies the bit patterns of bfloat16; in float32 the products are the same
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)

@@ -1,0 +1,205 @@
+"""The op that ranks clusters: every implementation against an oracle in Python, on inputs whose scores are exact."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ssa_framework.errors import BackendUnavailableError, ConfigError, ShapeError
+from ssa_framework.ops.cluster_keys import Clusters, cluster_keys
+from ssa_framework.ops.rank_clusters import rank_clusters
+
+BACKENDS = ["numba", "torch"]
+
+
+def whole_numbers(*shape: int, seed: int = 0, high: int = 9) -> Tensor:
+    return torch.randint(-high, high + 1, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+def random_clusters(batch: int, heads: int, slots: int, dim: int, *, largest: int = 40, high: int = 9) -> Clusters:
+    """About a third of the slots is empty."""
+    size = torch.randint(-largest // 2, largest + 1, (batch, heads, slots), generator=torch.Generator().manual_seed(1))
+    size = size.clamp(min=0).to(torch.int32)
+    centroids = whole_numbers(batch, heads, slots, dim, seed=2, high=high) * (size > 0)[..., None]
+    start = (size.cumsum(-1) - size).to(torch.int32)
+    return Clusters(torch.zeros(batch, heads, int(size.sum(-1).max()), dtype=torch.int32), start, size, centroids)
+
+
+def random_limits(batch: int, queries: int, slots: int) -> tuple[Tensor, Tensor]:
+    """Some beyond the slots, some empty."""
+    generator = torch.Generator().manual_seed(3)
+    low, high = torch.randint(-3, slots + 4, (2, batch, queries), generator=generator, dtype=torch.int32)
+    return low // 2, high
+
+
+def causal_limits(queries: int, slots: int) -> tuple[Tensor, Tensor]:
+    high = (torch.arange(queries) * (slots + 1) // queries).to(torch.int32)[None]
+    return torch.zeros_like(high), high
+
+
+def ranked(q: Tensor, clusters: Clusters, limits: tuple[Tensor, Tensor], budget: int, most: int) -> list:
+    """The definition, query by query."""
+    batch, heads, queries, _ = q.shape
+    repeats = heads // clusters.size.shape[1]
+    low, high = (x.expand(batch, -1).tolist() for x in limits)
+    rows = []
+    for b in range(batch):
+        for g in range(heads):
+            size = clusters.size[b, g // repeats].tolist()
+            scores = (q[b, g].double() @ clusters.centroids[b, g // repeats].double().T).tolist()
+            for n in range(queries):
+                allowed = [c for c in range(max(low[b][n], 0), min(high[b][n], len(size))) if size[c]]
+                opened, left = [], budget
+                for c in sorted(allowed, key=lambda c, row=scores[n]: (-row[c], c))[:most]:
+                    left -= size[c]
+                    if left < 0:
+                        break
+                    opened.append(c)
+                rows.append(opened + [-1] * (most - len(opened)))
+    return torch.tensor(rows, dtype=torch.int32).reshape(batch, heads, queries, most).tolist()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("slots", [1, 16, 63, 64, 65, 300])
+@pytest.mark.parametrize(("queries", "dim"), [(1, 16), (65, 3), (63, 64), (20, 37)])
+def test_the_best_clusters_that_fit(slots: int, queries: int, dim: int, backend: str) -> None:
+    q, clusters = whole_numbers(2, 4, queries, dim), random_clusters(2, 2, slots, dim)
+    for limits in (causal_limits(queries, slots), random_limits(2, queries, slots)):
+        got = rank_clusters(q, clusters, limits, 200, 12, backend=backend)
+        assert got.dtype == torch.int32
+        assert got.tolist() == ranked(q, clusters, limits, 200, 12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("most", [1, 5, 64, 400])
+@pytest.mark.parametrize("budget", [0, 1, 39, 10_000_000])
+def test_budget_and_most(budget: int, most: int, backend: str) -> None:
+    q, clusters = whole_numbers(1, 2, 40, 8), random_clusters(1, 1, 130, 8)
+    limits = random_limits(1, 40, 130)
+    assert rank_clusters(q, clusters, limits, budget, most, backend=backend).tolist() == ranked(
+        q, clusters, limits, budget, most
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_cluster_that_does_not_fit_ends_it(backend: str) -> None:
+    size = torch.tensor([[[10, 10, 30, 1]]], dtype=torch.int32)
+    centroids = torch.tensor([2.0, 4.0, 3.0, 1.0]).reshape(1, 1, 4, 1)
+    clusters = Clusters(torch.zeros(1, 1, 51, dtype=torch.int32), size.cumsum(-1).int() - size, size, centroids)
+    limits = torch.zeros(1, 2, dtype=torch.int32), torch.full((1, 2), 4, dtype=torch.int32)
+    q = torch.tensor([1.0, -1.0]).reshape(1, 1, 2, 1)
+    got = rank_clusters(q, clusters, limits, 25, 4, backend=backend)
+    assert got.tolist() == [[[[1, -1, -1, -1], [3, 0, -1, -1]]]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equal_scores_go_by_number(backend: str) -> None:
+    """0 and -0 are equal, too."""
+    clusters = random_clusters(1, 1, 200, 4, high=1)
+    clusters = Clusters(clusters.order, clusters.start, clusters.size, -clusters.centroids.abs())
+    q = torch.cat([torch.zeros(1, 1, 5, 4), whole_numbers(1, 1, 20, 4, high=1)], dim=2)
+    limits = random_limits(1, 25, 200)
+    assert rank_clusters(q, clusters, limits, 300, 20, backend=backend).tolist() == ranked(q, clusters, limits, 300, 20)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_cannot_be_compared_is_not_opened(backend: str) -> None:
+    q, clusters = torch.ones(1, 1, 3, 2), random_clusters(1, 1, 40, 2)
+    q[0, 0, 1] = torch.nan
+    q[0, 0, 2] = 0
+    clusters.centroids[0, 0, ::2, 0] = torch.inf
+    got = rank_clusters(q, clusters, causal_limits(3, 120), 500, 40, backend=backend)[0, 0]
+    assert (got[1] == -1).all()
+    assert all(c % 2 for c in got[2].tolist() if c >= 0)  # 0 · inf is NaN
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_are_scored_as_float32(dtype: torch.dtype, backend: str) -> None:
+    q, clusters = torch.randn(2, 2, 33, 16).to(dtype), random_clusters(2, 1, 90, 16)
+    limits = causal_limits(33, 90)
+    got, want = (rank_clusters(x, clusters, limits, 100, 8, backend=backend) for x in (q, q.float()))
+    assert torch.equal(got, want)
+
+
+def test_a_query_does_not_depend_on_what_it_is_ranked_with() -> None:
+    """Prefixes of the queries, single ones and later segments: decode opens what prefill opened."""
+    k, q = torch.randn(2, 2, 1024, 40), torch.randn(2, 4, 1024, 40)
+    starts = torch.arange(0, 1024, 256, dtype=torch.int32)[None]
+    clusters = cluster_keys(k, starts, 256, 16)
+    slots = clusters.size.shape[2] // 4
+    high = (torch.arange(1024) // 256 * slots).to(torch.int32)[None]
+    low = torch.zeros_like(high)
+    whole = rank_clusters(q, clusters, (low, high), 100, 9)
+    early = cluster_keys(k[:, :, :512], starts[:, :2], 256, 16)
+    prefix = rank_clusters(q[:, :, :767], early, (low[:, :767], high[:, :767]), 100, 9)
+    assert torch.equal(whole[:, :, :767], prefix)
+    for n in (256, 513, 1023):
+        part = slice(n, n + 1)
+        single = rank_clusters(q[:, :, part], clusters, (low[:, part], high[:, part]), 100, 9)
+        assert torch.equal(whole[:, :, part], single)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(rank_clusters(q, clusters, (low, high), 100, 9), whole)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_to_open(backend: str) -> None:
+    for slots in (0, 70):
+        clusters = Clusters(
+            torch.zeros(1, 1, 0, dtype=torch.int32),
+            torch.zeros(1, 1, slots, dtype=torch.int32),
+            torch.zeros(1, 1, slots, dtype=torch.int32),
+            torch.zeros(1, 1, slots, 4),
+        )
+        got = rank_clusters(torch.randn(1, 2, 5, 4), clusters, causal_limits(5, slots), 10, 3, backend=backend)
+        assert torch.equal(got, torch.full((1, 2, 5, 3), -1, dtype=torch.int32))
+    assert rank_clusters(torch.randn(1, 2, 0, 4), clusters, causal_limits(0, 70), 10, 3).shape == (1, 2, 0, 3)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    dim=st.integers(1, 20),
+    slots=st.integers(1, 1200),
+    queries=st.integers(1, 40),
+    budget=st.integers(0, 400),
+    most=st.integers(1, 30),
+    repeats=st.integers(1, 3),
+    spread=st.integers(0, 9),
+)
+def test_any_settings(dim: int, slots: int, queries: int, budget: int, most: int, repeats: int, spread: int) -> None:
+    q, clusters = whole_numbers(2, repeats, queries, dim), random_clusters(2, 1, slots, dim, high=spread)
+    limits = random_limits(2, queries, slots)
+    got, want = (rank_clusters(q, clusters, limits, budget, most, backend=backend) for backend in BACKENDS)
+    assert torch.equal(got, want)
+
+
+def test_more_queries_than_one_task_takes() -> None:
+    q, clusters, limits = whole_numbers(1, 2, 1300, 8), random_clusters(1, 1, 100, 8), causal_limits(1300, 100)
+    got, want = (rank_clusters(q, clusters, limits, 100, 6, backend=backend) for backend in BACKENDS)
+    assert torch.equal(got, want)
+
+
+def test_bad_input() -> None:
+    q, clusters, limits = torch.randn(2, 4, 10, 8), random_clusters(2, 2, 20, 8), causal_limits(10, 20)
+    with pytest.raises(ShapeError, match=r"q must be floating \[B, G, N, D\], got torch.int64"):
+        rank_clusters(q.long(), clusters, limits, 10, 3)
+    for wrong in (q[:, :3], q[:1], q[..., :4]):
+        with pytest.raises(ShapeError, match="G a multiple of Hkv"):
+            rank_clusters(wrong, clusters, limits, 10, 3)
+    with pytest.raises(ShapeError, match=r"limits must be int32 \[B or 1, N\] .* got high torch.int32 \[1, 9\]"):
+        rank_clusters(q, clusters, (limits[0], limits[1][:, :9]), 10, 3)
+    with pytest.raises(ShapeError, match=r"got low torch\.int64"):
+        rank_clusters(q, clusters, (limits[0].long(), limits[1]), 10, 3)
+    with pytest.raises(ConfigError, match="budget must be 0 keys or more, got -1"):
+        rank_clusters(q, clusters, limits, -1, 3)
+    with pytest.raises(ConfigError, match="most must be at least 1 cluster, got 0"):
+        rank_clusters(q, clusters, limits, 10, 0)
+    with pytest.raises(BackendUnavailableError, match="'triton' cannot rank clusters; use one of auto, numba, torch"):
+        rank_clusters(q, clusters, limits, 10, 3, backend="triton")
+    with pytest.raises(BackendUnavailableError, match="serves CPU tensors, got meta"):
+        rank_clusters(q.to("meta"), clusters, limits, 10, 3, backend="numba")
