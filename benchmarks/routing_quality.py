@@ -51,6 +51,9 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("clusters", {"segment": 512}),
     ("clusters", {"segment": 512, "cluster": 16, "keys": 192}),
     ("clusters", {"segment": 2048}),
+    ("blocks", {}),
+    ("blocks", {"rank": "mean"}),
+    ("blocks", {"size": 64}),
     ("topk", {}),
 ]
 ROUNDS = 3

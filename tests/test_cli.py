@@ -35,7 +35,7 @@ from ssa_framework.plugin import LayerSpec, NeighborSource
 from ssa_framework.quality import Timing
 from ssa_framework.registry import SourceRegistry
 
-BUILT_IN = ["clusters", "edges", "faiss", "global", "lsh", "random", "self", "strided", "topk", "window"]
+BUILT_IN = ["blocks", "clusters", "edges", "faiss", "global", "lsh", "random", "self", "strided", "topk", "window"]
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 

@@ -21,6 +21,8 @@ MIXES: dict[str, dict[str, dict[str, Any]]] = {
     "lsh-probes": {"lsh": {"rounds": 2, "probes": 3, "candidates": 12}},
     "lsh-cross-polytope": {"lsh": {"rounds": 2, "probes": 2, "hash": "cross_polytope", "candidates": 12}},
     "clusters": {"clusters": {"segment": 16, "cluster": 4, "keys": 8}},
+    "clusters-all": {"clusters": {"segment": 16, "cluster": 4, "keys": 8, "attend": "all"}},
+    "blocks": {"self": {}, "blocks": {"size": 8, "keys": 16}},
     "topk": {"topk": {}},
     "random": {"self": {}, "random": {"links": 4}},
     "strided": {"self": {}, "strided": {"stride": 4, "count": 3}},

@@ -18,7 +18,7 @@ from ssa_framework.errors import PluginError, SourceNameError, SSAError, Unknown
 from ssa_framework.plugin import Band, NeighborSource, Registrar, RoutingContext, hookimpl
 from ssa_framework.registry import OWN_DISTRIBUTION, SourceRegistry, default_registry, register_source
 
-BUILT_IN = ["clusters", "edges", "faiss", "global", "lsh", "random", "self", "strided", "topk", "window"]
+BUILT_IN = ["blocks", "clusters", "edges", "faiss", "global", "lsh", "random", "self", "strided", "topk", "window"]
 
 
 class Nearest(NeighborSource):

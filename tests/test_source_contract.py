@@ -159,6 +159,21 @@ class TestClusters(SourceContract):
     options: ClassVar = {"segment": 8, "cluster": 2, "keys": 6, "iterations": 2}
 
 
+class TestClustersAttendedWhole(SourceContract):
+    source = "clusters"
+    options: ClassVar = {"segment": 8, "cluster": 2, "keys": 6, "attend": "all"}
+
+
+class TestBlocks(SourceContract):
+    source = "blocks"
+    options: ClassVar = {"size": 4, "keys": 8}
+
+
+class TestBlocksByMean(SourceContract):
+    source = "blocks"
+    options: ClassVar = {"size": 3, "keys": 7, "rank": "mean", "attend": "all"}
+
+
 class TestClustersOfOneKey(SourceContract):
     source = "clusters"
     options: ClassVar = {"segment": 5, "cluster": 1, "keys": 3}

@@ -28,7 +28,9 @@ from ssa_framework.ops.neighbor_attention.parts import GraphParts
 from ssa_framework.ops.numba_runtime import as_array, parallel_for
 from ssa_framework.ops.numba_simd import LANES
 
-_ROWS_PER_TASK = 128
+_ROWS_PER_TASK = (128, 1024)
+"""At least and at most: a task takes the interpreter some 30 µs, in which no other thread can start one."""
+_TASKS_PER_THREAD = 8  # so that unequal ones balance
 _INVERTED_BYTES = 4 * 2**20
 _INCOMING_AT_ONCE = 64  # edges of a key: the rows that they read twice stay in the nearest cache
 
@@ -70,9 +72,12 @@ def _once(x: Tensor) -> Tensor:
     return x
 
 
-def _blocks(count: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, count, _ROWS_PER_TASK):
-        yield start, min(start + _ROWS_PER_TASK, count)
+def _blocks(count: int, others: int) -> Iterator[tuple[int, int]]:
+    """``count`` rows in blocks; as many tasks have ``others`` beside them, such as heads."""
+    least, most = _ROWS_PER_TASK
+    step = min(max(count * others // (_TASKS_PER_THREAD * torch.get_num_threads()), least), most)
+    for start in range(0, count, step):
+        yield start, min(start + step, count)
 
 
 class _Call:
@@ -142,7 +147,7 @@ class _Call:
     def row_tasks(self, count: int) -> list[tuple[int, int, int, int]]:
         """Batch element, KV head and block of rows of each task."""
         heads = [(b, h) for b in range(self.batch) for h in range(self.shape.kv_heads)]
-        return [(b, h, start, stop) for b, h in heads for start, stop in _blocks(count)]
+        return [(b, h, start, stop) for b, h in heads for start, stop in _blocks(count, len(heads))]
 
 
 def forward(
@@ -205,7 +210,7 @@ def backward(
         for b in range(call.batch if own_batch else 1)
         for h in range(shape.kv_heads if own_head else 1)
     ]
-    query_tasks = [(owner, block) for owner in owners for block in _blocks(shape.queries)]
+    query_tasks = [(owner, block) for owner in owners for block in _blocks(shape.queries, len(owners))]
 
     def by_queries(task: int) -> None:
         (batches, heads), block = query_tasks[task]
@@ -227,7 +232,7 @@ def backward(
     for first in range(0, len(pairs), at_once):
         some = pairs[first : first + at_once]
         incoming = _invert(call, some)
-        key_tasks = [(*pair, *block) for pair in some for block in _blocks(shape.keys)]
+        key_tasks = [(*pair, *block) for pair in some for block in _blocks(shape.keys, len(some))]
 
         def by_keys(task: int, incoming: Incoming = incoming, key_tasks: list[Any] = key_tasks) -> None:
             work = call.work(_INCOMING_AT_ONCE)

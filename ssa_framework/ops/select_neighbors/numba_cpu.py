@@ -72,7 +72,7 @@ def select(q: Tensor, k: Tensor, proposed: Sequence[Proposed], eligible: Eligibl
     kinds = np.array([FORCED if p.is_forced else GUARANTEED if p.is_guaranteed else CONTENT for p in ordered])
     width = min(budget, sum(most_listed(p.proposal, count) for p in ordered if not p.is_forced))
     forced_width = sum(_longest(p.proposal, count) for p in ordered if p.is_forced)
-    neighbors = torch.full((batch, heads, queries, width + min(forced_width, count)), -1, dtype=torch.int32)
+    neighbors = torch.empty((batch, heads, queries, width + min(forced_width, count)), dtype=torch.int32)
     per_row = max(1, sum(_longest(p.proposal, count) for p in ordered))
     step = max(1, min(_BLOCK_ROWS, _BLOCK_CANDIDATES // per_row))
     if any(_is_scan(p) for p in ordered):
@@ -90,6 +90,7 @@ def select(q: Tensor, k: Tensor, proposed: Sequence[Proposed], eligible: Eligibl
         pair, block = divmod(number, len(blocks))
         b, g = divmod(pair, heads)
         rows = blocks[block]
+        out[b, g, rows].fill(-1)  # here, so that all threads map fresh pages
         task = tables.task(q_array[b, g, rows], k_array[b, g // group], b, g, rows)
         counts = listed[number], scored[number]
         only = ordered[0].proposal if len(ordered) == 1 and kinds[0] == CONTENT else None

@@ -1,0 +1,100 @@
+"""``blocks``: blocks of consecutive keys, ranked by their mean or by a bound on their scores."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ssa_framework.plugin import (
+    Clusters,
+    ConfigError,
+    LayerSpec,
+    NeighborSource,
+    Ranges,
+    Registrar,
+    RoutingContext,
+    hookimpl,
+)
+from ssa_plugins.segments import Attend, Places, check_attend, take
+
+
+class Blocks(NeighborSource):
+    """The sequence is cut into blocks of consecutive keys, and a query looks at the best of them and at its own.
+
+    Blocks are ranked by ``q·mean`` of their keys (MoBA, Lu et al., 2025), or by the largest ``q·k`` that the smallest
+    and largest coordinates of their keys allow (Quest, Tang et al., 2024), which finds more. In causal attention a
+    query looks at full blocks before its own, and at its own up to itself. Blocks count the real keys of a document:
+    they never cross a document's border or hold padding.
+
+    Args:
+        size: keys of a block.
+        rank: ``"bound"`` or ``"mean"``.
+        keys: how many keys of blocks a query looks at, at most; four times ``num_neighbors`` if left out.
+        attend: ``"topk"``: the neighbors are the best of those keys by exact ``q·k``. ``"all"``: all of them, beside
+            the budget; they are kept as lists, which take memory for each of them.
+
+    Ranking compares a query with one mean, or two bounds, for every ``size`` keys, which `keys_scored` leaves out.
+    """
+
+    def __init__(
+        self,
+        layer: LayerSpec,
+        *,
+        size: int = 16,
+        rank: Literal["bound", "mean"] = "bound",
+        keys: int | None = None,
+        attend: Attend = "topk",
+    ) -> None:
+        super().__init__(layer)
+        keys = 4 * layer.num_neighbors if keys is None else keys
+        for name, value in (("size", size), ("keys", keys)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"blocks: {name} must be an integer >= 1, got {value!r}")
+        if rank not in ("bound", "mean"):
+            raise ConfigError(f"blocks: rank must be 'bound' or 'mean', got {rank!r}")
+        if keys < size:
+            raise ConfigError(f"blocks: keys must hold a block of {size} keys at least, got {keys}")
+        self.size, self.rank, self.keys = size, rank, keys
+        self.attend = check_attend("blocks", attend)
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}, rank={self.rank}, keys={self.keys}, attend={self.attend}"
+
+    def propose(self, ctx: RoutingContext) -> Ranges:
+        if ctx.num_keys <= self.layer.num_neighbors:
+            return Ranges.everything()  # all of them fit the budget; there is nothing to choose
+        places = Places.of(ctx, self.size)
+        if not places.starts.shape[1]:
+            return places.ranges(ctx, attend=self.attend)
+        keys = ctx.shared_k if places.order is None else take(ctx.shared_k, places.order)
+        q, blocks = self._summaries(ctx.q, keys, places.starts)
+        return places.open(ctx, q, blocks, keys=self.keys, about=2 * self.size, attend=self.attend)
+
+    def _summaries(self, q: Tensor, keys: Tensor, starts: Tensor) -> tuple[Tensor, Clusters]:
+        """Blocks as clusters, and queries whose product with their centroids ranks them."""
+        batch, heads = keys.shape[:2]
+        used = (starts >= 0).expand(batch, -1)
+        place = starts.clamp(min=0)[..., None] + torch.arange(self.size, dtype=torch.int32, device=keys.device)
+        place = place.expand(batch, -1, -1).flatten(1)
+        rows = take(keys, place).float().unflatten(2, (-1, self.size))  # [B, Hkv, F, size, D]
+        if self.rank == "mean":
+            centroids, q = rows.mean(3), q.float()
+        else:  # the largest score is the sum of max(q·high, q·low), coordinate by coordinate
+            low, high = rows.aminmax(dim=3)
+            centroids = torch.cat([high, low], dim=-1)
+            q = torch.cat([q.clamp(min=0), q.clamp(max=0)], dim=-1).float()
+        first = torch.arange(used.shape[1], dtype=torch.int32, device=keys.device) * self.size
+        blocks = Clusters(
+            place[:, None].expand(-1, heads, -1).contiguous(),
+            first.expand(batch, heads, -1).contiguous(),
+            torch.where(used, self.size, 0).int()[:, None].expand(-1, heads, -1).contiguous(),
+            centroids.contiguous(),
+        )
+        return q, blocks
+
+
+@hookimpl
+def ssa_register_sources(register: Registrar) -> None:
+    register.add("blocks", Blocks)
