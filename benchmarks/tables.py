@@ -99,6 +99,7 @@ def timing(name: str, *, mix: bool = False, unit: str = "ms") -> str:
 def gpu() -> str:
     def line(r: Row) -> list[str]:
         return [
+            f"`{r['mix']}`",
             f"{r['heads']}/{r['kv_heads']} × {r['head_dim']}",
             r["mode"].replace("+", " + "),
             f"{int(r['length']):,}",
@@ -110,12 +111,13 @@ def gpu() -> str:
             f"{float(r['dense_peak_mib']):,.0f} / {float(r['sparse_peak_mib']):,.0f}",
         ]
 
-    head = ["heads", "pass", "N", "dense, ms", "sparse, ms", "of it routing, ms", "dense / sparse", "keys scored"]
+    head = ["mix", "heads", "pass", "N", "dense, ms", "sparse, ms", "of it routing, ms", "dense / sparse", "keys scored"]
     return table([*head, "peak MiB, dense / sparse"], map(line, rows("gpu.csv")))
 
 
 def gpu_summary() -> str:
-    found = {(r["heads"], r["kv_heads"], r["head_dim"], r["mode"], int(r["length"])): r for r in rows("gpu.csv")}
+    default = [r for r in rows("gpu.csv") if r["mix"] == "seed"]
+    found = {(r["heads"], r["kv_heads"], r["head_dim"], r["mode"], int(r["length"])): r for r in default}
     lengths = sorted({key[4] for key in found})
     kinds = dict.fromkeys(key[:4] for key in found)
 
