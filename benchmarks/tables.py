@@ -111,8 +111,8 @@ def gpu() -> str:
             f"{float(r['dense_peak_mib']):,.0f} / {float(r['sparse_peak_mib']):,.0f}",
         ]
 
-    head = ["mix", "heads", "pass", "N", "dense, ms", "sparse, ms", "of it routing, ms", "dense / sparse", "keys scored"]
-    return table([*head, "peak MiB, dense / sparse"], map(line, rows("gpu.csv")))
+    head = ["mix", "heads", "pass", "N", "dense, ms", "sparse, ms", "of it routing, ms", "dense / sparse"]
+    return table([*head, "keys scored", "peak MiB, dense / sparse"], map(line, rows("gpu.csv")))
 
 
 def gpu_summary() -> str:
