@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import triton
 from ssa_framework import NeighborGraph
 from ssa_framework.masks import make_edge_mask
 from ssa_framework.ops.neighbor_attention import neighbor_attention

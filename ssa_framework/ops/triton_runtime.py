@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import triton.language as tl
-
 import triton
+import triton.language as tl
 from triton import knobs
 
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 
-import triton
 from ssa_framework.ops.lsh_slices.triton_tiles import load_part, load_rows, project, store_slices, subtract_mean
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 
-import triton
 from ssa_framework.ops.lsh_slices.triton_tiles import key_levels, load_part, load_rows
 from ssa_framework.ops.triton_runtime import dot
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 
-import triton
 from ssa_framework.ops.neighbor_attention.triton_tiles import (
     LOG2_E,
     band_of,

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
-import triton
 from ssa_framework.ops.neighbor_attention.parts import GraphParts
 from ssa_framework.ops.neighbor_attention.triton_backward import (
     column_gradient_kernel,

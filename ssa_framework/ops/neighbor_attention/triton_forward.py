@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 
-import triton
 from ssa_framework.ops.neighbor_attention.triton_tiles import (
     LN_2,
     LOG2_E,

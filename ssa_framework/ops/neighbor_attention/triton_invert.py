@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
-import triton
 from ssa_framework.ops.neighbor_attention.triton_tiles import Lists
 
 BLOCK_KEYS = 16

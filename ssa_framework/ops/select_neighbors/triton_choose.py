@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 
-import triton
 from ssa_framework.ops.select_neighbors.triton_slices import key_at
 
 _GUESSES = tl.constexpr(20)

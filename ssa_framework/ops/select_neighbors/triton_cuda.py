@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
-import triton
 from ssa_framework.ops.select_neighbors.triton_choose import choose_kernel
 from ssa_framework.ops.select_neighbors.triton_repeats import Places, find_places
 from ssa_framework.ops.select_neighbors.triton_score import Allowed, Pairs, Rows, score_kernel, search_kernel

@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
-import triton
 from ssa_framework.ops.select_neighbors.triton_slices import Slices, key_at
 
 _BLOCK = 1024

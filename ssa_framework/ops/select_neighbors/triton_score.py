@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import triton
 import triton.language as tl
 
-import triton
 from ssa_framework.ops.select_neighbors.triton_slices import key_at
 from ssa_framework.ops.triton_runtime import dot
 

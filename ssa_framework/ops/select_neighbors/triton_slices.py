@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 
 class Slices(NamedTuple):
