@@ -64,7 +64,7 @@ def source_and_levels(
         key_padding_mask=padding,
         segment_ids=ids,
     )
-    return source, source._levels(RoutingContext(q=q, shared_k=k, mask=mask, budget=64, generator=torch.Generator()))
+    return source, source._levels(RoutingContext(q=q, shared_k=k, mask=mask, budget=64))
 
 
 def same_share(got: Made, want: Made) -> float:

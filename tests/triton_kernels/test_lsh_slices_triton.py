@@ -58,7 +58,7 @@ def levels_of(
         key_padding_mask=padding,
         segment_ids=ids,
     )
-    context = RoutingContext(q=q, shared_k=k, mask=mask, budget=8, generator=torch.Generator())
+    context = RoutingContext(q=q, shared_k=k, mask=mask, budget=8)
     return source, source._levels(context)
 
 
