@@ -124,7 +124,8 @@ def neighbor_attention(
             )
     pieces = _parts_in_rows(graph)
     has_bias = any(parts.bias is not None for _, parts in pieces)
-    backend = _choose_backend(backend, q, v, dropout_p=dropout_p, has_bias=has_bias)
+    lists_only = all(parts.has_lists_only for _, parts in pieces)
+    backend = _choose_backend(backend, q, v, dropout_p=dropout_p, has_bias=has_bias, lists_only=lists_only)
     seed = int(torch.randint(2**62, ())) if dropout_p > 0.0 else 0
     outs, sums = [], []
     for rows, parts in pieces:
@@ -138,12 +139,10 @@ def neighbor_attention(
                 q_rows,
                 k,
                 v,
-                parts.neighbors,
                 parts.bias,
-                parts.columns,
-                parts.key_keep,
-                parts.query_segments,
-                parts.key_segments,
+                parts.summary_k,
+                parts.summary_v,
+                parts.structure,
                 [parts.band_before, parts.band_after],
                 parts.query_offset,
                 parts.causal,
@@ -161,7 +160,13 @@ def neighbor_attention(
 
 
 def _choose_backend(
-    backend: str, q: Tensor, v: Tensor | None = None, *, dropout_p: float = 0.0, has_bias: bool = False
+    backend: str,
+    q: Tensor,
+    v: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    has_bias: bool = False,
+    lists_only: bool = True,
 ) -> str:
     """The backend that serves the call; ``v`` has the width of ``q`` if left out."""
     on_cpu = q.device.type == "cpu"
@@ -172,7 +177,7 @@ def _choose_backend(
     if backend == "auto" and on_cpu:
         return "numba"
     if backend == "triton" or (backend == "auto" and q.device.type == "cuda"):
-        reason = triton_support.why_not(q, q if v is None else v, dropout_p, has_bias)
+        reason = triton_support.why_not(q, q if v is None else v, dropout_p, has_bias, lists_only)
         if reason is not None and backend == "triton":
             raise BackendUnavailableError(f"backend 'triton' cannot serve the call: {reason}; use backend='auto'")
         return "torch" if reason is not None else "triton"

@@ -191,8 +191,8 @@ def backward(
     scale: float,
     dropout_p: float,
     seed: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients ``(q, k, v, bias)``; the last is empty where there is no bias."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients ``(q, k, v, bias, summary_k, summary_v)``; zeros without dimensions for what is not there."""
     call = _Call(q, k, v, parts, scale, dropout_p, seed)
     shape, graph, dtype = call.shape, call.graph, call.dtype
     d_out, flat_out = _flat(grad_out, shape.value_width), _flat(out, shape.value_width)
@@ -247,6 +247,8 @@ def backward(
         _unflat(grad_k, shape.width, k),
         _unflat(grad_v, shape.value_width, v),
         _bias_gradient(grad_bias, parts.bias),
+        torch.zeros((), dtype=lse.dtype),
+        torch.zeros((), dtype=lse.dtype),
     )
 
 

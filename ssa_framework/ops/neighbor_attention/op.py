@@ -5,7 +5,7 @@ Its arguments are plain tensors and numbers, so that it can be compiled and expo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -41,13 +41,11 @@ def neighbor_attention_op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    neighbors: Tensor | None,
     bias: Tensor | None,
-    columns: Tensor | None,
-    key_keep: Tensor | None,
-    query_segments: Tensor | None,
-    key_segments: Tensor | None,
-    band: list[int],
+    summary_k: Tensor | None,
+    summary_v: Tensor | None,
+    structure: Sequence[Tensor | None],
+    band: Sequence[int],
     query_offset: int,
     causal: bool,
     scale: float,
@@ -56,9 +54,7 @@ def neighbor_attention_op(
     fp32_weights: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    parts = GraphParts(
-        band[0], band[1], query_offset, causal, columns, neighbors, bias, key_keep, query_segments, key_segments
-    )
+    parts = GraphParts.of_structure(structure, bias, (summary_k, summary_v), band, query_offset, causal)
     return IMPLEMENTATIONS[backend]().forward(
         q, k, v, parts, scale=scale, dropout_p=dropout_p, seed=seed, fp32_weights=fp32_weights
     )
@@ -73,23 +69,19 @@ def neighbor_attention_backward_op(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    neighbors: Tensor | None,
     bias: Tensor | None,
-    columns: Tensor | None,
-    key_keep: Tensor | None,
-    query_segments: Tensor | None,
-    key_segments: Tensor | None,
-    band: list[int],
+    summary_k: Tensor | None,
+    summary_v: Tensor | None,
+    structure: Sequence[Tensor | None],
+    band: Sequence[int],
     query_offset: int,
     causal: bool,
     scale: float,
     dropout_p: float,
     seed: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    parts = GraphParts(
-        band[0], band[1], query_offset, causal, columns, neighbors, bias, key_keep, query_segments, key_segments
-    )
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    parts = GraphParts.of_structure(structure, bias, (summary_k, summary_v), band, query_offset, causal)
     return IMPLEMENTATIONS[backend]().backward(
         grad_out, grad_lse, q, k, v, out, lse, parts, scale=scale, dropout_p=dropout_p, seed=seed
     )
@@ -114,29 +106,30 @@ def _(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    neighbors: Tensor | None,
-    bias: Tensor | None,
-    *args: Any,
+    *optional: Any,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_bias = q.new_empty(() if bias is None else bias.shape, dtype=_compute_dtype(q))
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_bias
+) -> tuple[Tensor, ...]:
+    compute = _compute_dtype(q)
+    # an output for each optional input, since an op cannot return None
+    rest = [q.new_empty(() if x is None else x.shape, dtype=compute) for x in optional[:3]]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *rest
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, neighbors, bias, columns, key_keep, query_segments, key_segments = inputs[:9]
+    q, k, v, bias, summary_k, summary_v, structure = inputs[:7]
     out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, neighbors, bias, columns, key_keep, query_segments, key_segments)
-    ctx.options = (*inputs[9:15], inputs[16])  # all but fp32_weights: the backward always computes in float32
+    ctx.save_for_backward(q, k, v, out, lse, bias, summary_k, summary_v, *structure)
+    ctx.options = (*inputs[7:13], inputs[14])  # all but fp32_weights: the backward always computes in float32
 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
-    q, k, v, out, lse, neighbors, bias, *rest = ctx.saved_tensors
-    grad_q, grad_k, grad_v, grad_bias = neighbor_attention_backward_op(
-        grad_out, grad_lse, q, k, v, out, lse, neighbors, bias, *rest, *ctx.options
-    )
-    grad_bias = None if bias is None else grad_bias.to(bias.dtype)
-    return grad_q, grad_k, grad_v, None, grad_bias, *([None] * 12)
+    q, k, v, out, lse, *optional = ctx.saved_tensors
+    optional, structure = optional[:3], optional[3:]
+    grads = neighbor_attention_backward_op(
+        grad_out, grad_lse, q, k, v, out, lse, *optional, structure, *ctx.options
+    )  # fmt: skip
+    rest = [None if x is None else grad.to(x.dtype) for x, grad in zip(optional, grads[3:], strict=True)]
+    return *grads[:3], *rest, [None] * len(structure), *([None] * 8)
 
 
 neighbor_attention_op.register_autograd(_backward, setup_context=_setup_context)

@@ -2,25 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+STRUCTURE = (
+    "neighbors", "columns", "key_keep", "query_segments", "key_segments", "span_start", "span_end",
+    "slice_order", "slice_start", "slice_end", "summary_log_weight", "summary_first", "summary_stop", "summary_opened",
+)  # fmt: skip
+"""The tensors of `GraphParts` that have no gradient, in the order in which the op takes them."""
+
 
 @dataclass(frozen=True)
 class GraphParts:
-    """Disjoint parts of a graph, ready for kernels: arithmetic and index lists, no callables.
+    """Disjoint parts of a graph, ready for kernels: arithmetic, intervals and index lists, no callables.
+
+    The neighbors of a query are its span, the band, the columns, the slices and the list; a key that several of the
+    first four reach belongs to the first of them, and lists hold none of theirs. All but lists, which are already
+    cleaned, end at the query where ``causal``, and skip padding and other documents. Summaries are pseudo-keys beside
+    them.
 
     Attributes:
         band_before, band_after: the band of each query, or -1, -1 for none.
-        query_offset: the query of row i stands at position ``i + query_offset`` (used by band and columns only).
-        causal: band and columns end at the query (lists are already cleaned).
-        columns: int32 ``[C]``, ascending; keys inside the band belong to the band.
+        query_offset: the query of row i stands at position ``i + query_offset`` (lists and summaries do without).
+        causal: no key after its query.
+        columns: int32 ``[C]``, ascending.
         neighbors: int32 ``[B or 1, G or 1, N, K]``, -1 = empty, anywhere.
         bias: floating point ``[B or 1, H or 1, N, K]``, added to the scores of ``neighbors``; -inf = no edge.
-        key_keep: bool ``[B or 1, M]``, for band and columns.
-        query_segments, key_segments: int ``[B or 1, N]`` and ``[B or 1, M]``, for band and columns.
+        key_keep: bool ``[B or 1, M]``.
+        query_segments, key_segments: int ``[B or 1, N]`` and ``[B or 1, M]``.
+        span_start, span_end: int32 ``[B or 1, N]``: the keys from ``span_start`` to ``span_end - 1``.
+        slice_order: int32 ``[B or 1, G or 1, L]``, an order of keys, each at most once.
+        slice_start, slice_end: int32 ``[B or 1, G or 1, N, P]``: the keys ``slice_order[start:end]``; the slices of a
+            query do not overlap.
+        summary_k, summary_v: ``[B, Hkv, C, D]`` and ``[B, Hkv, C, Dv]``, pseudo-keys and pseudo-values, float32 (or
+            float64 with float64 keys).
+        summary_log_weight: like them ``[B, Hkv, C]``, added to the scores; -inf = not attended.
+        summary_first, summary_stop: int32 ``[B or 1, N]``: a query attends the summaries from ``summary_first`` to
+            ``summary_stop - 1``
+        summary_opened: int32 ``[B or 1, G or 1, N, P]``: except for these; -1 = none.
     """
 
     band_before: int = -1
@@ -33,6 +55,50 @@ class GraphParts:
     key_keep: Tensor | None = None
     query_segments: Tensor | None = None
     key_segments: Tensor | None = None
+    span_start: Tensor | None = None
+    span_end: Tensor | None = None
+    slice_order: Tensor | None = None
+    slice_start: Tensor | None = None
+    slice_end: Tensor | None = None
+    summary_k: Tensor | None = None
+    summary_v: Tensor | None = None
+    summary_log_weight: Tensor | None = None
+    summary_first: Tensor | None = None
+    summary_stop: Tensor | None = None
+    summary_opened: Tensor | None = None
+
+    @property
+    def structure(self) -> list[Tensor | None]:
+        """The tensors that `STRUCTURE` names."""
+        return [getattr(self, name) for name in STRUCTURE]
+
+    @classmethod
+    def of_structure(
+        cls,
+        structure: Sequence[Tensor | None],
+        bias: Tensor | None,
+        summaries: tuple[Tensor | None, Tensor | None],
+        band: Sequence[int],
+        query_offset: int,
+        causal: bool,
+    ) -> GraphParts:
+        """The inverse of `structure`."""
+        tensors = dict(zip(STRUCTURE, structure, strict=True))
+        return cls(
+            band_before=band[0],
+            band_after=band[1],
+            query_offset=query_offset,
+            causal=causal,
+            bias=bias,
+            summary_k=summaries[0],
+            summary_v=summaries[1],
+            **tensors,
+        )
+
+    @property
+    def has_lists_only(self) -> bool:
+        """Whether there is neither a span, nor slices, nor summaries."""
+        return self.span_start is None and self.slice_start is None and self.summary_k is None
 
     @property
     def has_band(self) -> bool:
@@ -47,30 +113,91 @@ class GraphParts:
         high = min(max(self.query_offset + rows.stop + after, low), num_keys)
         return low, high
 
-    def band_allowed(self, positions: Tensor, keys: Tensor) -> Tensor:
-        """bool ``[N, C]`` for ``positions`` ``[N]`` and ``keys`` ``[C]``: in the band and causal."""
-        distance = keys[None, :] - positions[:, None]
-        after = 0 if self.causal else self.band_after
-        return (distance >= -self.band_before) & (distance <= after)
+    def span_tile(self, rows: slice, num_keys: int) -> tuple[int, int]:
+        """First and one past the last key that the span of some query in ``rows`` reaches."""
+        if self.span_start is None or self.span_end is None or rows.stop <= rows.start:
+            return 0, 0
+        start, end = self.span_start[:, rows], self.span_end[:, rows]
+        some = end > start
+        low = int(torch.where(some, start, num_keys).min())
+        return low, max(low, int(torch.where(some, end, 0).max()))
 
-    def columns_allowed(self, positions: Tensor, keys: Tensor) -> Tensor:
-        """bool ``[N, C]``: causal, and not in the band."""
+    def span_allowed(self, positions: Tensor, rows: slice, keys: Tensor) -> Tensor:
+        """bool ``[B or 1, N, C]`` for ``positions`` ``[N]`` of ``rows`` and ``keys`` ``[C]``: in the span, causal."""
+        if self.span_start is None or self.span_end is None:
+            return torch.zeros((1, positions.numel(), keys.numel()), dtype=torch.bool, device=keys.device)
+        inside = (keys >= self.span_start[:, rows, None]) & (keys < self.span_end[:, rows, None])
+        return inside & (keys <= positions[:, None]) if self.causal else inside
+
+    def band_allowed(self, positions: Tensor, rows: slice, keys: Tensor) -> Tensor:
+        """bool ``[B or 1, N, C]``: in the band, causal, and not in the span."""
+        allowed = self._in_band(positions, keys)
+        if self.span_start is None:
+            return allowed[None]
+        return allowed & ~self.span_allowed(positions, rows, keys)
+
+    def columns_allowed(self, positions: Tensor, rows: slice, keys: Tensor) -> Tensor:
+        """bool ``[B or 1, N, C]``: causal, and neither in the band nor in the span."""
         allowed = torch.ones((positions.numel(), keys.numel()), dtype=torch.bool, device=keys.device)
         if self.causal:
             allowed &= keys[None, :] <= positions[:, None]
         if self.has_band:
-            allowed &= ~self.band_allowed(positions, keys)
-        return allowed
+            allowed &= ~self._in_band(positions, keys)
+        if self.span_start is None:
+            return allowed[None]
+        return allowed & ~self.span_allowed(positions, rows, keys)
+
+    def _in_band(self, positions: Tensor, keys: Tensor) -> Tensor:
+        distance = keys[None, :] - positions[:, None]
+        after = 0 if self.causal else self.band_after
+        return (distance >= -self.band_before) & (distance <= after)
 
     def restrict(self, allowed: Tensor, rows: slice, keys: Tensor) -> Tensor:
-        """``allowed`` ``[N, C]`` → ``[B or 1, 1, N, C]`` with padding and documents."""
-        allowed = allowed[None, None]
+        """``allowed`` ``[B or 1, N, C]`` → ``[B or 1, 1, N, C]`` with padding and documents."""
         if self.key_keep is not None:
-            allowed = allowed & self.key_keep[:, None, None, keys]
+            allowed = allowed & self.key_keep[:, None, keys]
         if self.query_segments is not None and self.key_segments is not None:
-            same = self.query_segments[:, rows, None] == self.key_segments[:, None, keys]
-            allowed = allowed & same[:, None]
-        return allowed
+            allowed = allowed & (self.query_segments[:, rows, None] == self.key_segments[:, None, keys])
+        return allowed[:, None]
+
+    def slice_keys(self, positions: Tensor, rows: slice, num_keys: int) -> Tensor | None:
+        """The slices of ``rows`` as lists, int32 ``[B or 1, G or 1, N, K]``: what no other part has; -1 = empty."""
+        if self.slice_order is None or self.slice_start is None or self.slice_end is None:
+            return None
+        keys = expand_slices(self.slice_order, self.slice_start[:, :, rows], self.slice_end[:, :, rows])
+        allowed, places = keys >= 0, positions[:, None]
+        if self.causal:
+            allowed = allowed & (keys <= places)
+        if self.has_band:
+            after = 0 if self.causal else self.band_after
+            allowed = allowed & ~((keys >= places - self.band_before) & (keys <= places + after))
+        if self.span_start is not None and self.span_end is not None:
+            start, end = (x[:, None, rows, None] for x in (self.span_start, self.span_end))
+            allowed = allowed & ~((keys >= start) & (keys < end))
+        if self.columns is not None:
+            is_column = torch.zeros(num_keys, dtype=torch.bool, device=keys.device)
+            is_column[self.columns.long()] = True
+            allowed = allowed & ~is_column[keys.clamp(min=0).long()]
+        if self.key_keep is not None:
+            allowed = allowed & look_up(self.key_keep, keys.clamp(min=0))
+        if self.query_segments is not None and self.key_segments is not None:
+            theirs = look_up(self.key_segments, keys.clamp(min=0))
+            allowed = allowed & (theirs == self.query_segments[:, None, rows, None])
+        return torch.where(allowed, keys, -1)
+
+    def summaries_allowed(self, rows: slice) -> Tensor | None:
+        """bool ``[B or 1, G or 1, N, C]``: seen, and not opened."""
+        if self.summary_log_weight is None or self.summary_first is None or self.summary_stop is None:
+            return None
+        count = self.summary_log_weight.shape[2]
+        number = torch.arange(count, dtype=torch.int32, device=self.summary_log_weight.device)
+        seen = (number >= self.summary_first[:, None, rows, None]) & (number < self.summary_stop[:, None, rows, None])
+        if self.summary_opened is None:
+            return seen
+        opened = self.summary_opened[:, :, rows]
+        padded = torch.zeros((*opened.shape[:3], count + 1), dtype=torch.bool, device=opened.device)
+        padded.scatter_(-1, torch.where(opened < 0, count, opened).long(), True)
+        return seen & ~padded[..., :count]
 
     def batch_element(self, batch: slice) -> GraphParts:
         """The parts of some batch elements; a view."""
@@ -78,11 +205,31 @@ class GraphParts:
         def pick(x: Tensor | None) -> Tensor | None:
             return x[batch] if x is not None and x.shape[0] > 1 else x
 
-        return replace(
-            self,
-            neighbors=pick(self.neighbors),
-            bias=pick(self.bias),
-            key_keep=pick(self.key_keep),
-            query_segments=pick(self.query_segments),
-            key_segments=pick(self.key_segments),
-        )
+        names = [name for name in (*STRUCTURE, "bias", "summary_k", "summary_v") if name != "columns"]
+        return replace(self, **{name: pick(getattr(self, name)) for name in names})
+
+
+def expand_slices(order: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """``order [B or 1, G or 1, L]`` and slices ``[B or 1, G or 1, N, P]`` → their keys, int32
+    ``[B or 1, G or 1, N, K]``, slice by slice, -1 = empty at the end."""
+    sizes = (end - start).clamp(min=0).long()
+    ends = sizes.cumsum(-1)
+    total = ends[..., -1:] if ends.shape[-1] else ends.new_zeros((*ends.shape[:-1], 1))
+    width = int(total.max()) if total.numel() else 0
+    slot = torch.arange(width, device=order.device).expand(*total.shape[:-1], -1).contiguous()
+    which = torch.searchsorted(ends, slot, right=True).clamp(max=max(0, ends.shape[-1] - 1))
+    if not width:
+        return order.new_full((*total.shape[:-1], 0), -1)
+    place = start.long().gather(-1, which) + slot - (ends - sizes).gather(-1, which)
+    batch, heads = max(order.shape[0], start.shape[0]), max(order.shape[1], start.shape[1])
+    inside = slot < total
+    place = torch.where(inside, place, 0).expand(batch, heads, -1, -1)
+    keys = order.expand(batch, heads, -1).gather(2, place.flatten(2)).view(place.shape)
+    return torch.where(inside, keys, -1)
+
+
+def look_up(table: Tensor, keys: Tensor) -> Tensor:
+    """``table [B or 1, M]`` at ``keys [B or 1, X, N, C]``."""
+    batch = max(table.shape[0], keys.shape[0])
+    picked = table.expand(batch, -1).gather(1, keys.long().expand(batch, -1, -1, -1).flatten(1))
+    return picked.view(batch, *keys.shape[1:])

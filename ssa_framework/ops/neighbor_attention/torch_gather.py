@@ -1,7 +1,7 @@
-"""Chunked gather in torch: bounded memory, any device that torch has, forward and recomputing backward.
+"""Plain torch, any device, forward and backward: a chunk of queries at a time.
 
-Queries are taken in chunks. Of a chunk, the band is one dense tile of consecutive keys, the columns are a second
-tile, and the listed keys are gathered; all scores of a query meet in one softmax, which is the log-sum-exp merge of
+Of a chunk, the band and the span are dense tiles of consecutive keys, the columns and the summaries are two more
+tiles, and the listed keys are gathered; all scores of a query meet in one softmax, which is the log-sum-exp merge of
 the parts. The backward pass computes the same scores again from ``lse``, so nothing of size N·K·D is ever stored.
 """
 
@@ -13,10 +13,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ssa_framework.ops.key_lists import cat_keys
 from ssa_framework.ops.neighbor_attention.parts import GraphParts
 
 WORK_BYTES = 32 * 2**20
 """What the temporaries of one chunk may take, about."""
+
+_Rows = slice | Tensor
+"""Rows of a table: consecutive ones, or numbers int64 ``[C]``."""
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Keys that all queries of a chunk are scored against; ``of_summaries``: pseudo-keys instead."""
+
+    keys: _Rows
+    size: int
+    of_summaries: bool = False
 
 
 @dataclass(frozen=True)
@@ -26,92 +39,144 @@ class _Chunk:
     batch: slice
     rows: slice
     queries: Tensor  # [b, Hkv, g, T, D]
-    tile: slice  # keys of the band tile
-    columns: Tensor | None  # int64 [C]
+    tiles: list[_Tile]
     flat: Tensor | None  # int64 [b, Hx, T, K], rows of the flattened keys; Hx = Hkv or H
     gathered: Tensor | None  # keys [b, Hkv, g or 1, T, K, D]
     scores: Tensor  # [b, Hkv, g, T, E], -inf where there is no edge
 
-    @property
-    def tile_size(self) -> int:
-        return self.tile.stop - self.tile.start
+    def split(self, edges: Tensor) -> tuple[list[Tensor], Tensor]:
+        """``[..., E]`` → the edges of each tile, and those of the lists."""
+        sizes = [tile.size for tile in self.tiles] + [0 if self.flat is None else self.flat.shape[-1]]
+        *tiles, listed = edges.split(sizes, dim=-1)
+        return tiles, listed
 
-    def split(self, edges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``[..., E]`` → the edges of tile, columns and lists."""
-        columns = 0 if self.columns is None else self.columns.numel()
-        listed = 0 if self.flat is None else self.flat.shape[-1]
-        first, second, third = edges.split([self.tile_size, columns, listed], dim=-1)
-        return first, second, third
+
+@dataclass(frozen=True)
+class _Tables:
+    """Rows that are attended, and pseudo-rows, of keys or of values."""
+
+    rows: Tensor  # [B, Hkv, M, D]
+    summaries: Tensor | None  # [B, Hkv, C, D]
+
+    def tile(self, batch: slice, tile: _Tile, compute: torch.dtype) -> Tensor:
+        """``[b, Hkv, size, D]``."""
+        table = self.summaries if tile.of_summaries else self.rows
+        assert table is not None
+        return table[batch][:, :, tile.keys].to(compute)
+
+    def add(self, batch: slice, tile: _Tile, x: Tensor) -> None:
+        table = self.summaries if tile.of_summaries else self.rows
+        assert table is not None
+        table[batch, :, tile.keys] += x
 
 
 def _chunks(
-    q: Tensor, k: Tensor, parts: GraphParts, scale: float, compute: torch.dtype
+    q: Tensor, k: _Tables, parts: GraphParts, scale: float, compute: torch.dtype
 ) -> Iterator[tuple[_Chunk, GraphParts]]:
     batch, heads, queries, dim = q.shape
-    kv_heads, keys = k.shape[1], k.shape[2]
-    group = heads // kv_heads
+    kv_heads, keys = k.rows.shape[1:3]
     listed = parts.neighbors.shape[-1] if parts.neighbors is not None else 0
-    list_heads = heads if parts.neighbors is not None and parts.neighbors.shape[1] > kv_heads else kv_heads
-    columns = parts.columns.long() if parts.columns is not None and parts.columns.numel() else None
+    lists = [x for x in (parts.neighbors, parts.slice_order, parts.slice_start) if x is not None]
+    list_heads = heads if any(x.shape[1] > kv_heads for x in lists) else kv_heads
+    columns = parts.columns.numel() if parts.columns is not None else 0
     width = 0 if not parts.has_band else min(keys, parts.band_before + parts.band_after + 1)
-    fixed = width + (columns.numel() if columns is not None else 0)
+    summaries = parts.summary_log_weight.shape[2] if parts.summary_log_weight is not None else 0
+    span = _most(parts.span_end, parts.span_start)
+    if parts.slice_start is not None and parts.slice_end is not None:
+        listed += _most(parts.slice_end.sum(-1), parts.slice_start.sum(-1))
+    fixed = width + columns + summaries + span
     # a row needs its scores (three copies of E at the peak) and its gathered keys or values
     row_bytes = 4 * (heads * 3 * (fixed + listed) + list_heads * 2 * listed * dim)
     rows_at_once = max(1, WORK_BYTES // max(1, row_bytes))
     batch_step = max(1, min(batch, rows_at_once // 64))
     row_step = max(1, min(queries, rows_at_once // batch_step))
-    if width and width < keys:  # the tile of T queries is T + width keys wide, so T beyond the width only wastes
-        row_step = min(row_step, max(64, width))
+    tile = width if width < keys else 0
+    if tile or span:  # the tile of T queries is T + width keys wide, so T beyond the width only wastes
+        row_step = min(row_step, max(64, tile, span))
     for b in range(0, batch, batch_step):
         batch_slice = slice(b, min(b + batch_step, batch))
         part = parts.batch_element(batch_slice)
-        k_batch = k[batch_slice]
         for r in range(0, queries, row_step):
             rows = slice(r, min(r + row_step, queries))
-            yield _score(q, k_batch, part, scale, compute, batch_slice, rows, columns, group), part
+            yield _score(q, k, part, scale, compute, batch_slice, rows), part
+
+
+def _most(end: Tensor | None, start: Tensor | None) -> int:
+    """The largest difference."""
+    return 0 if end is None or start is None or not end.numel() else max(0, int((end - start).max()))
 
 
 def _score(
-    q: Tensor,
-    k: Tensor,
-    parts: GraphParts,
-    scale: float,
-    compute: torch.dtype,
-    batch: slice,
-    rows: slice,
-    columns: Tensor | None,
-    group: int,
+    q: Tensor, k: _Tables, parts: GraphParts, scale: float, compute: torch.dtype, batch: slice, rows: slice
 ) -> _Chunk:
-    b, kv_heads, keys, _ = k.shape
-    queries = q[batch, :, rows].to(compute).unflatten(1, (kv_heads, group))  # [b, Hkv, g, T, D]
+    kv_heads, keys = k.rows.shape[1:3]
+    queries = q[batch, :, rows].to(compute).unflatten(1, (kv_heads, -1))  # [b, Hkv, g, T, D]
     positions = torch.arange(rows.start, rows.stop, device=q.device) + parts.query_offset
-    low, high = parts.tile(rows, keys)
-    tile = slice(low, high)
-    pieces = []
-    if high > low:
-        tile_keys = torch.arange(low, high, device=q.device)
-        allowed = parts.restrict(parts.band_allowed(positions, tile_keys), rows, tile_keys)
-        pieces.append(_tile_scores(queries, k[:, :, tile].to(compute), allowed, scale))
-    if columns is not None:
-        allowed = parts.restrict(parts.columns_allowed(positions, columns), rows, columns)
-        pieces.append(_tile_scores(queries, k[:, :, columns].to(compute), allowed, scale))
+    tiles, pieces = [], []
+    for tile, allowed in _key_tiles(parts, positions, rows, keys):
+        tiles.append(tile)
+        pieces.append(_tile_scores(queries, k.tile(batch, tile, compute), allowed, scale))
+    seen = parts.summaries_allowed(rows)
+    if seen is not None and parts.summary_log_weight is not None and seen.shape[-1]:
+        tile = _Tile(slice(0, seen.shape[-1]), seen.shape[-1], of_summaries=True)
+        scores = _tile_products(queries, k.tile(batch, tile, compute)) * scale
+        scores = scores + parts.summary_log_weight.to(compute)[:, :, None, None]
+        tiles.append(tile)
+        pieces.append(scores.masked_fill(~_by_group(seen, kv_heads), float("-inf")))
     flat = gathered = None
-    if parts.neighbors is not None and parts.neighbors.shape[-1] and keys:
-        listed = parts.neighbors[:, :, rows]
-        flat = _flat_rows(listed, b, kv_heads, group, keys)
-        gathered = _gather(k, flat, kv_heads).to(compute)
+    listed, bias = _lists(parts, positions, rows, keys)
+    if listed is not None and listed.shape[-1] and keys:
+        flat = _flat_rows(listed, queries.shape[0], kv_heads, queries.shape[2], keys)
+        gathered = _gather(k.rows[batch], flat, kv_heads).to(compute)
         scores = _list_scores(queries, gathered) * scale
-        if parts.bias is not None:
-            scores = scores + _by_group(parts.bias[:, :, rows].to(compute), kv_heads)
+        if bias is not None:
+            scores = scores + _by_group(bias.to(compute), kv_heads)
         pieces.append(scores.masked_fill(_by_group(listed < 0, kv_heads), float("-inf")))
     scores = torch.cat(pieces, dim=-1) if pieces else queries.new_empty((*queries.shape[:-1], 0))
-    return _Chunk(batch, rows, queries, tile, columns, flat, gathered, scores)
+    return _Chunk(batch, rows, queries, tiles, flat, gathered, scores)
+
+
+def _key_tiles(parts: GraphParts, positions: Tensor, rows: slice, keys: int) -> Iterator[tuple[_Tile, Tensor]]:
+    """Span, band and columns of some rows, with what is allowed of them, bool ``[B or 1, 1, T, size]``."""
+    low, high = parts.span_tile(rows, keys)
+    if high > low:
+        numbers = torch.arange(low, high, device=positions.device)
+        allowed = parts.span_allowed(positions, rows, numbers)
+        yield _Tile(slice(low, high), high - low), parts.restrict(allowed, rows, numbers)
+    low, high = parts.tile(rows, keys)
+    if high > low:
+        numbers = torch.arange(low, high, device=positions.device)
+        allowed = parts.band_allowed(positions, rows, numbers)
+        yield _Tile(slice(low, high), high - low), parts.restrict(allowed, rows, numbers)
+    if parts.columns is not None and parts.columns.numel():
+        numbers = parts.columns.long()
+        allowed = parts.columns_allowed(positions, rows, numbers)
+        yield _Tile(numbers, numbers.numel()), parts.restrict(allowed, rows, numbers)
+
+
+def _lists(
+    parts: GraphParts, positions: Tensor, rows: slice, keys: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Lists and slices of some rows as one list, and the bias of it."""
+    listed = None if parts.neighbors is None else parts.neighbors[:, :, rows]
+    bias = None if parts.bias is None else parts.bias[:, :, rows]
+    sliced = parts.slice_keys(positions, rows, keys)
+    if sliced is None:
+        return listed, bias
+    if listed is None:
+        return sliced, None
+    if bias is not None:
+        bias = torch.cat([bias, bias.new_zeros((*bias.shape[:3], sliced.shape[-1]))], dim=-1)
+    return cat_keys([listed, sliced]), bias
 
 
 def _tile_scores(queries: Tensor, keys: Tensor, allowed: Tensor, scale: float) -> Tensor:
     """``[b, Hkv, g, T, D]`` by ``[b, Hkv, C, D]`` → ``[b, Hkv, g, T, C]``; ``allowed`` is ``[b or 1, 1, T, C]``."""
-    scores = (queries.flatten(2, 3) @ keys.transpose(-1, -2)).unflatten(2, queries.shape[2:4])
-    return (scores * scale).masked_fill(~allowed[:, :, None], float("-inf"))
+    return (_tile_products(queries, keys) * scale).masked_fill(~allowed[:, :, None], float("-inf"))
+
+
+def _tile_products(queries: Tensor, keys: Tensor) -> Tensor:
+    return (queries.flatten(2, 3) @ keys.transpose(-1, -2)).unflatten(2, queries.shape[2:4])
 
 
 def _by_group(x: Tensor, kv_heads: int) -> Tensor:
@@ -186,29 +251,23 @@ def forward(
     lse = q.new_empty((batch, heads, queries), dtype=compute)
     generator = _generator(q, dropout_p, seed)
     weight_dtype = compute if fp32_weights else v.dtype
-    for chunk, _ in _chunks(q, k, parts, scale, compute):
-        values = v[chunk.batch]
+    value_table = _Tables(v, parts.summary_v)
+    for chunk, _ in _chunks(q, _Tables(k, parts.summary_k), parts, scale, compute):
         row_lse = _logsumexp(chunk.scores)
         weights = _weights(chunk.scores, row_lse)
         dropped = _dropout_factor(weights, dropout_p, generator)
         if dropped is not None:
             weights = weights * dropped
         # rounding the weights to the dtype of the values is what dense attention in that dtype does
-        tile, columns, listed = chunk.split(weights.to(weight_dtype).to(compute))
-        result = queries_like(chunk.queries, v.shape[-1])
-        if chunk.tile_size:
-            result += _tile_sum(tile, values[:, :, chunk.tile].to(compute))
-        if chunk.columns is not None:
-            result += _tile_sum(columns, values[:, :, chunk.columns].to(compute))
+        in_tiles, listed = chunk.split(weights.to(weight_dtype).to(compute))
+        result = chunk.queries.new_zeros((*chunk.queries.shape[:-1], v.shape[-1]))
+        for tile, part in zip(chunk.tiles, in_tiles, strict=True):
+            result += _tile_sum(part, value_table.tile(chunk.batch, tile, compute))
         if chunk.flat is not None:
-            result += _weighted_sum(listed, _gather(values, chunk.flat, kv_heads).to(compute))
+            result += _weighted_sum(listed, _gather(v[chunk.batch], chunk.flat, kv_heads).to(compute))
         out[chunk.batch, :, chunk.rows] = result.flatten(1, 2).to(out.dtype)
         lse[chunk.batch, :, chunk.rows] = row_lse.flatten(1, 2)
     return out, lse
-
-
-def queries_like(queries: Tensor, dim: int) -> Tensor:
-    return queries.new_zeros((*queries.shape[:-1], dim))
 
 
 def _logsumexp(scores: Tensor) -> Tensor:
@@ -241,8 +300,8 @@ def backward(
     scale: float,
     dropout_p: float,
     seed: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients ``(q, k, v, bias)``; the last is empty where there is no bias.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients ``(q, k, v, bias, summary_k, summary_v)``; zeros without dimensions for what is not there.
 
     With weights ``p = exp(s - lse)``: ``ds = p · (dO·v - dO·out + dlse)`` (Dao et al., FlashAttention, 2022, with the
     gradient of the log-sum-exp added).
@@ -250,56 +309,50 @@ def backward(
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     kv_heads = k.shape[1]
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
-    grad_k = torch.zeros(k.shape, dtype=compute, device=k.device)
-    grad_v = torch.zeros(v.shape, dtype=compute, device=v.device)
-    grad_bias = torch.zeros(() if parts.bias is None else parts.bias.shape, dtype=compute, device=q.device)
+
+    def zeros(like: Tensor | None) -> Tensor:
+        return torch.zeros(() if like is None else like.shape, dtype=compute, device=q.device)
+
+    grad_bias = zeros(parts.bias)
+    k_table, v_table = _Tables(k, parts.summary_k), _Tables(v, parts.summary_v)
+    grad_k, grad_v = (_Tables(zeros(x.rows), zeros(x.summaries)) for x in (k_table, v_table))
     generator = _generator(q, dropout_p, seed)
-    for chunk, part in _chunks(q, k, parts, scale, compute):
+    for chunk, part in _chunks(q, k_table, parts, scale, compute):
         b, rows, shared = chunk.batch, chunk.rows, chunk.gathered is not None and chunk.gathered.shape[2] == 1
-        values = v[b]
         d_out = grad_out[b, :, rows].to(compute).unflatten(1, (kv_heads, -1))  # [b, Hkv, g, T, Dv]
         delta = (d_out * out[b, :, rows].to(compute).unflatten(1, (kv_heads, -1))).sum(-1)
         delta = delta - grad_lse[b, :, rows].to(compute).unflatten(1, (kv_heads, -1))
         weights = _weights(chunk.scores, lse[b, :, rows].unflatten(1, (kv_heads, -1)))
         dropped = _dropout_factor(weights, dropout_p, generator)
         kept = weights if dropped is None else weights * dropped
-        tile_w, column_w, list_w = chunk.split(kept)
+        tile_weights, list_weights = chunk.split(kept)
         grads = []
-        if chunk.tile_size:
-            grad_v[b, :, chunk.tile] += _tile_grad(tile_w, d_out)
-            grads.append(_tile_dot(d_out, values[:, :, chunk.tile].to(compute)))
-        if chunk.columns is not None:
-            grad_v[b, :, chunk.columns] += _tile_grad(column_w, d_out)
-            grads.append(_tile_dot(d_out, values[:, :, chunk.columns].to(compute)))
+        for tile, tile_weight in zip(chunk.tiles, tile_weights, strict=True):
+            grad_v.add(b, tile, _tile_grad(tile_weight, d_out))
+            grads.append(_tile_products(d_out, v_table.tile(b, tile, compute)))
         if chunk.flat is not None:
-            grads.append(_list_scores(d_out, _gather(values, chunk.flat, kv_heads).to(compute)))
-            rows_v = grad_v[b].view(-1, v.shape[-1])
-            rows_v.index_add_(0, chunk.flat.flatten(), _outer(list_w, d_out, shared))
+            grads.append(_list_scores(d_out, _gather(v[b], chunk.flat, kv_heads).to(compute)))
+            rows_v = grad_v.rows[b].view(-1, v.shape[-1])
+            rows_v.index_add_(0, chunk.flat.flatten(), _outer(list_weights, d_out, shared))
         d_weights = torch.cat(grads, dim=-1) if grads else weights
         if dropped is not None:
             d_weights = d_weights * dropped
         d_scores = weights * (d_weights - delta[..., None])
-        tile_s, column_s, list_s = chunk.split(d_scores)
+        tile_scores, list_scores = chunk.split(d_scores)
         d_query = torch.zeros_like(chunk.queries)
-        if chunk.tile_size:
-            d_query += _tile_sum(tile_s, k[b, :, chunk.tile].to(compute))
-            grad_k[b, :, chunk.tile] += _tile_grad(tile_s, chunk.queries) * scale
-        if chunk.columns is not None:
-            d_query += _tile_sum(column_s, k[b][:, :, chunk.columns].to(compute))
-            grad_k[b, :, chunk.columns] += _tile_grad(column_s, chunk.queries) * scale
+        for tile, tile_score in zip(chunk.tiles, tile_scores, strict=True):
+            d_query += _tile_sum(tile_score, k_table.tile(b, tile, compute))
+            grad_k.add(b, tile, _tile_grad(tile_score, chunk.queries) * scale)
         if chunk.flat is not None and chunk.gathered is not None:
-            d_query += _weighted_sum(list_s, chunk.gathered)
-            rows_k = grad_k[b].view(-1, k.shape[-1])
-            rows_k.index_add_(0, chunk.flat.flatten(), _outer(list_s * scale, chunk.queries, shared))
+            d_query += _weighted_sum(list_scores, chunk.gathered)
+            rows_k = grad_k.rows[b].view(-1, k.shape[-1])
+            rows_k.index_add_(0, chunk.flat.flatten(), _outer(list_scores * scale, chunk.queries, shared))
             if part.bias is not None:
-                _add_bias_grad(grad_bias, list_s, b, rows)
+                _add_bias_grad(grad_bias, list_scores[..., : part.bias.shape[-1]], b, rows)
         grad_q[b, :, rows] = (d_query * scale).flatten(1, 2).to(q.dtype)
-    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_bias
-
-
-def _tile_dot(rows: Tensor, values: Tensor) -> Tensor:
-    """``[b, Hkv, g, T, D]`` by ``[b, Hkv, C, D]`` → ``[b, Hkv, g, T, C]``."""
-    return (rows.flatten(2, 3) @ values.transpose(-1, -2)).unflatten(2, rows.shape[2:4])
+    assert grad_k.summaries is not None and grad_v.summaries is not None
+    summaries = grad_k.summaries, grad_v.summaries
+    return grad_q, grad_k.rows.to(k.dtype), grad_v.rows.to(v.dtype), grad_bias, *summaries
 
 
 def _tile_grad(weights: Tensor, rows: Tensor) -> Tensor:

@@ -1,0 +1,200 @@
+"""Every implementation of the attention op against the reference: all parts at once, forward and gradients."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssa_framework.ops.neighbor_attention import numba_cpu, reference, torch_gather
+from ssa_framework.ops.neighbor_attention.parts import GraphParts
+
+IMPLEMENTATIONS = {"numba": numba_cpu, "torch": torch_gather}
+OPTIONS = {"scale": 0.4, "dropout_p": 0.0, "seed": 0}
+
+
+def slices_of(order: Tensor, heads: int, queries: int, per_query: int, batch: int = 2) -> tuple[Tensor, Tensor]:
+    """Random disjoint slices of an order that is cut at random places; some are empty."""
+    length = order.shape[-1]
+    cuts = torch.cat([torch.zeros(1), torch.randperm(length - 1)[: length // 5].sort().values + 1, torch.tensor([length])])
+    start, end = cuts[:-1].int(), cuts[1:].int()
+    chosen = torch.rand(batch, heads, queries, start.numel()).argsort(-1)[..., :per_query]
+    start, end = start[chosen], end[chosen]
+    nothing = torch.rand(start.shape) < 0.2
+    return start, torch.where(nothing, start, end)
+
+
+def spans_of(queries: int, keys: int, offset: int, length: int, batch: int = 2) -> tuple[Tensor, Tensor]:
+    """The own block of each query, and for some queries nothing."""
+    position = torch.arange(queries).expand(batch, -1) + offset
+    start = (position // length * length).clamp(max=keys)
+    end = (start + length).clamp(max=keys)
+    end = torch.where(torch.rand(batch, queries) < 0.1, start, end)
+    return start.int(), end.int()
+
+
+def summaries_of(
+    heads: tuple[int, int], count: int, queries: int, dims: tuple[int, int], dtype: torch.dtype, batch: int = 2
+) -> dict[str, Tensor]:
+    weight = torch.rand(batch, heads[1], count, dtype=dtype) * 3
+    weight[:, :, 3 % max(1, count) :: 7] = -torch.inf
+    stop = torch.randint(0, count + 1, (batch, queries)).int()
+    first = (stop - torch.randint(0, count + 1, (batch, queries)).int()).clamp(min=0)
+    opened = torch.rand(batch, heads[0], queries, count + 2).argsort(-1)[..., :3].int()
+    return {
+        "summary_k": torch.randn(batch, heads[1], count, dims[0], dtype=dtype),
+        "summary_v": torch.randn(batch, heads[1], count, dims[1], dtype=dtype),
+        "summary_log_weight": weight,
+        "summary_first": first,
+        "summary_stop": stop,
+        "summary_opened": torch.where(opened >= count, -1, opened),
+    }
+
+
+def tensors(
+    queries: int, keys: int, dims: tuple[int, int], heads: tuple[int, int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    q = torch.randn(2, heads[0], queries, dims[0], dtype=dtype)
+    return q, torch.randn(2, heads[1], keys, dims[0], dtype=dtype), torch.randn(2, heads[1], keys, dims[1], dtype=dtype)
+
+
+def check(
+    implementation: str, q: Tensor, k: Tensor, v: Tensor, parts: GraphParts, tolerance: float = 1e-11
+) -> tuple[Tensor, ...]:
+    """Forward, and all gradients, against the reference and autograd; returns them."""
+    module = IMPLEMENTATIONS[implementation]
+    exact = {n: x.double().requires_grad_() for n, x in (("q", q), ("k", k), ("v", v))}
+    summaries: dict[str, Tensor] = {}
+    if parts.summary_k is not None and parts.summary_v is not None and parts.summary_log_weight is not None:
+        summaries = {n: getattr(parts, n).double().requires_grad_() for n in ("summary_k", "summary_v")}
+        summaries["summary_log_weight"] = parts.summary_log_weight.double()
+    want, want_lse = reference.forward(
+        *exact.values(), replace(parts, **summaries), scale=0.4, dropout_p=0.0, fp32_weights=True
+    )
+    out, lse = module.forward(q, k, v, parts, fp32_weights=True, **OPTIONS)
+
+    def compare(got: Tensor, wanted: Tensor) -> None:
+        wanted = wanted.detach().double()
+        assert got.shape == wanted.shape
+        largest = float(wanted.abs().max()) if wanted.numel() else 0.0
+        torch.testing.assert_close(got.double(), wanted, rtol=0, atol=tolerance * max(1.0, largest))
+
+    compare(out, want)
+    assert torch.equal(lse == -torch.inf, want_lse == -torch.inf)
+    reached = want_lse > -torch.inf
+    compare(lse.double().masked_fill(~reached, 0), want_lse.masked_fill(~reached, 0))
+    grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
+    leaves = [*exact.values(), *(summaries[n] for n in ("summary_k", "summary_v") if n in summaries)]
+    loss = (want * grad_out.double()).sum() + (want_lse.masked_fill(~reached, 0) * grad_lse.double()).sum()
+    wanted = torch.autograd.grad(loss, leaves)
+    got = module.backward(grad_out, grad_lse, q, k, v, out, lse, parts, **OPTIONS)
+    for a, b in zip([*got[:3], *got[4:]], [*wanted, *([torch.zeros(())] * (5 - len(wanted)))], strict=True):
+        compare(a, b)
+    return out, lse, *got
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("shared", [False, True], ids=["per-head", "per-group"])
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("sizes", [(33, 41), (200, 300), (1, 70), (130, 16)], ids=str)
+def test_everything_at_once(
+    implementation: str, dtype: torch.dtype, causal: bool, shared: bool, masked: bool, sizes: tuple[int, int]
+) -> None:
+    queries, keys = sizes
+    heads, dims = (4, 2), (6, 3)
+    q, k, v = tensors(queries, keys, dims, heads, dtype)
+    lists = heads[1] if shared else heads[0]
+    order = torch.stack([torch.randperm(keys) for _ in range(2 * lists)]).view(2, lists, keys).int()
+    start, end = slices_of(order, lists, queries, 3)
+    span_start, span_end = spans_of(queries, keys, 4, 16)
+    documents = {
+        "key_keep": torch.rand(2, keys) > 0.3,
+        "query_segments": (torch.arange(queries)[None] + 4) // 50,
+        "key_segments": torch.arange(keys)[None] // 50,
+    }
+    parts = GraphParts(
+        band_before=5,
+        band_after=2,
+        query_offset=4,
+        causal=causal,
+        columns=torch.tensor([0, 9, 15], dtype=torch.int32),
+        span_start=span_start,
+        span_end=span_end,
+        slice_order=order,
+        slice_start=start,
+        slice_end=end,
+        **summaries_of((lists, heads[1]), 90, queries, dims, dtype),
+        **(documents if masked else {}),
+    )
+    check(implementation, q, k, v, parts, 2e-6 if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("part", ["spans", "slices", "summaries", "lists"])
+@pytest.mark.parametrize("dims", [(64, 64), (80, 48), (1, 1), (128, 128)], ids=str)
+def test_one_part_alone(implementation: str, part: str, dims: tuple[int, int]) -> None:
+    queries = keys = 150
+    heads = (2, 1)
+    q, k, v = tensors(queries, keys, dims, heads, torch.float32)
+    q, k = q / dims[0] ** 0.5, k / dims[0] ** 0.5
+    order = torch.stack([torch.randperm(keys) for _ in range(4)]).view(2, 2, keys).int()
+    start, end = slices_of(order, 2, queries, 4)
+    span_start, span_end = spans_of(queries, keys, 0, 40)
+    listed = torch.rand(1, 2, queries, keys).argsort(-1)[..., :20].int()
+    fields: dict[str, dict[str, Tensor]] = {
+        "spans": {"span_start": span_start, "span_end": span_end},
+        "slices": {"slice_order": order, "slice_start": start, "slice_end": end},
+        "summaries": summaries_of((2, 1), 130, queries, dims, torch.float32),
+        "lists": {"neighbors": listed},
+    }
+    check(implementation, q, k, v, GraphParts(**fields[part]), 2e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_broadcast_batch_and_heads(implementation: str) -> None:
+    queries = keys = 70
+    q, k, v = tensors(queries, keys, (8, 8), (4, 2), torch.float64)
+    order = torch.randperm(keys).int()[None, None]
+    start, end = slices_of(order, 1, queries, 3, batch=1)
+    span_start, span_end = spans_of(queries, keys, 0, 16, batch=1)
+    summaries = summaries_of((1, 2), 20, queries, (8, 8), torch.float64)
+    for name in ("summary_first", "summary_stop", "summary_opened"):
+        summaries[name] = summaries[name][:1]
+    parts = GraphParts(
+        causal=True,
+        span_start=span_start,
+        span_end=span_end,
+        slice_order=order,
+        slice_start=start,
+        slice_end=end,
+        **summaries,
+    )
+    check(implementation, q, k, v, parts, 1e-12)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_one_query_with_nothing_and_no_summary_at_all(implementation: str) -> None:
+    q, k, v = tensors(5, 9, (4, 4), (2, 2), torch.float64)
+    nothing = torch.zeros((1, 5), dtype=torch.int32)
+    parts = GraphParts(span_start=nothing, span_end=nothing, **summaries_of((2, 2), 0, 5, (4, 4), torch.float64))
+    out, lse, *grads = check(implementation, q, k, v, parts)
+    assert not out.any() and (lse == -torch.inf).all() and not any(g.any() for g in grads)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_extreme_scores(implementation: str) -> None:
+    """Parts whose scores lie far apart: the merge neither overflows nor loses the larger one."""
+    q, k, v = tensors(60, 60, (8, 8), (2, 1), torch.float64)
+    order = torch.randperm(60).int()[None, None]
+    start, end = slices_of(order, 1, 60, 3, batch=1)
+    summaries = summaries_of((1, 1), 30, 60, (8, 8), torch.float64)
+    span_start, span_end = spans_of(60, 60, 0, 16)
+    for factor in (200.0, -200.0):
+        parts = GraphParts(
+            span_start=span_start, span_end=span_end, slice_order=order, slice_start=start, slice_end=end, **summaries
+        )
+        check(implementation, q * factor, k, v, parts, 1e-10)
