@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from ssa_framework.errors import DtypeError, GraphError
 from ssa_framework.masks import EdgeMask, make_edge_mask
-from ssa_framework.ops.key_lists import cat_keys, in_band, jaccard, sort_unique
-from ssa_framework.proposals import Band
+from ssa_framework.ops.key_lists import among, cat_keys, expand_slices, in_band, in_span, jaccard, mark, sort_unique
+from ssa_framework.proposals import Band, Ranges, Spans, Summaries
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +29,7 @@ class SourceRecord:
 
     Attributes:
         band, columns: its fixed pattern, if it proposed one.
+        spans, slices, summaries: whether those of the graph are its.
         listed: how many listed edges it filled, summed over batch, graph heads and queries (0-dim int64), or ``None``
             if it proposed no list. An edge that several sources propose counts for the first of them.
         keys_scored: how many distinct query-key pairs were scored for it (0-dim int64).
@@ -35,6 +37,9 @@ class SourceRecord:
 
     band: Band | None = None
     columns: Tensor | None = None
+    spans: bool = False
+    slices: bool = False
+    summaries: bool = False
     listed: Tensor | None = None
     keys_scored: Tensor | None = None
 
@@ -43,8 +48,10 @@ class SourceRecord:
 class NeighborGraph:
     """The neighbors of every query, as disjoint parts, each in its cheapest form.
 
-    The edges are the union of ``band`` and ``columns`` where ``mask`` allows them, and of ``neighbors``, which the
-    router has already cleaned. `validate` checks all of it.
+    The edges are the union of ``spans``, ``band``, ``columns`` and ``slices`` where ``mask`` allows them, and of
+    ``neighbors``, which the router has already cleaned; a key that several of the first four reach counts for the
+    first of them. Beside its edges a query attends to ``summaries`` of keys that it does not look at. `validate`
+    checks all of it.
 
     Attributes:
         batch: B. num_heads: H, query heads. graph_heads: G, the heads of the graph (H, or one per KV head).
@@ -53,7 +60,13 @@ class NeighborGraph:
         band: every query at position ``p`` attends ``[p - before, p + after]``; ``after`` is 0 if causal.
         columns: int32 ``[C]``, ascending, unique: keys that every query attends (those inside the band count there).
         neighbors: int32 ``[B or 1, G or 1, N, K]``, ascending in each row, ``-1`` = empty at the end; never a key that
-            the band or a column covers, never twice the same, never one that ``mask`` forbids.
+            the band or a column covers, never twice the same, never one that ``mask`` forbids. There are no spans and
+            slices beside lists.
+        spans: an interval of keys per query.
+        slices: an order of the keys ``[B or 1, G or 1, 1, L]`` and disjoint slices of it for every query, each attended
+            whole; ``order``, ``start`` and ``end`` are given.
+        summaries: pseudo-keys, made of keys and values when the graph is attended to. Keys that padding or a column
+            takes belong to none.
         sources: what each source brought, by name.
     """
 
@@ -65,6 +78,9 @@ class NeighborGraph:
     band: Band | None = None
     columns: Tensor | None = None
     neighbors: Tensor | None = None
+    spans: Spans | None = None
+    slices: Ranges | None = None
+    summaries: Summaries | None = None
     sources: Mapping[str, SourceRecord] = field(default_factory=dict)
 
     # -- shape ---------------------------------------------------------------------------------------------------
@@ -81,13 +97,19 @@ class NeighborGraph:
     def causal(self) -> bool:
         return self.mask.causal
 
-    @property
+    @cached_property
     def slots(self) -> int:
-        """Neighbor slots per query: band, columns and list."""
+        """Neighbor slots per query: band, columns and list, and the longest span and slices."""
         band = self.band.width if self.band is not None else 0
         columns = self.columns.numel() if self.columns is not None else 0
         listed = self.neighbors.shape[-1] if self.neighbors is not None else 0
-        return min(band, self.num_keys) + columns + listed
+        span = sliced = 0
+        if self.spans is not None and self.spans.start.numel():
+            span = int((self.spans.end - self.spans.start).max())
+        if self.slices is not None:
+            _, start, end = self._slice_tensors(self.slices)
+            sliced = int((end.sum(-1) - start.sum(-1)).max()) if start.numel() else 0
+        return min(band, self.num_keys) + columns + listed + span + sliced
 
     @property
     def is_full(self) -> bool:
@@ -173,8 +195,22 @@ class NeighborGraph:
         return torch.where(allowed, keys, -1)
 
     def _row_view(self, rows: slice) -> NeighborGraph:
+        return self.with_queries(self.mask.rows(rows), rows)
+
+    def with_queries(self, mask: EdgeMask, rows: slice | Tensor) -> NeighborGraph:
+        """The graph of some queries: those of ``rows``, whose mask is ``mask``; a view where ``rows`` is a slice."""
+        spans, slices, summaries = self.spans, self.slices, self.summaries
+        if spans is not None:
+            spans = Spans(spans.start[:, rows], spans.end[:, rows])
+        if slices is not None and slices.start is not None and slices.end is not None:
+            slices = replace(slices, start=slices.start[:, :, rows], end=slices.end[:, :, rows])
+        if summaries is not None:
+            opened = None if summaries.opened is None else summaries.opened[:, :, rows]
+            summaries = replace(
+                summaries, first=summaries.first[:, rows], stop=summaries.stop[:, rows], opened=opened
+            )
         neighbors = self.neighbors[:, :, rows] if self.neighbors is not None else None
-        return replace(self, mask=self.mask.rows(rows), neighbors=neighbors)
+        return replace(self, mask=mask, neighbors=neighbors, spans=spans, slices=slices, summaries=summaries)
 
     def row_chunks(self, elements_per_edge: int = 1) -> Iterator[tuple[slice, NeighborGraph]]:
         """The graph in pieces of consecutive queries, so that what is made of a piece stays small."""
@@ -184,10 +220,18 @@ class NeighborGraph:
             rows = slice(start, min(start + step, self.num_queries))
             yield rows, self._row_view(rows)
 
+    def span_keys(self) -> Tensor:
+        """Keys of the spans ``[B or 1, 1, N, W]``, ascending, -1 = empty. Masks are not applied here and below."""
+        if self.spans is None or not self.spans.start.numel():
+            return self._no_keys()
+        start, end = self.spans.start[:, None, :, None], self.spans.end[:, None, :, None]
+        keys = start + torch.arange(int((end - start).max()), dtype=torch.int32, device=self.device)
+        return torch.where(keys < end, keys, -1)
+
     def band_keys(self) -> Tensor:
-        """Keys of the band ``[B or 1, 1, N, W]``, ascending, -1 where outside the sequence. Masks are not applied."""
+        """Keys of the band outside the span ``[B or 1, 1, N, W]``, ascending, -1 where outside the sequence."""
         if self.band is None:
-            return torch.empty((1, 1, self.num_queries, 0), dtype=torch.int32, device=self.device)
+            return self._no_keys()
         positions = self.mask.positions[:, None, :, None]
         low, high = -self.band.before, self.band.after
         if self.num_queries:  # offsets that reach no key of any query are not worth a slot
@@ -195,21 +239,107 @@ class NeighborGraph:
             high = min(high, self.num_keys - 1 - int(positions.min()))
         offsets = torch.arange(low, max(high, low - 1) + 1, dtype=torch.int32, device=self.device)
         keys = positions + offsets
-        return torch.where((keys >= 0) & (keys < self.num_keys), keys, -1)
+        inside = (keys >= 0) & (keys < self.num_keys)
+        if self.spans is not None:
+            inside = inside & ~in_span(keys, self.spans)
+        return torch.where(inside, keys, -1)
 
     def column_keys(self) -> Tensor:
-        """Keys of the columns that the band does not cover ``[B or 1, 1, N, C]``, -1 where it does."""
+        """Keys of the columns that neither band nor span covers ``[B or 1, 1, N, C]``, -1 where they do."""
         if self.columns is None:
-            return torch.empty((1, 1, self.num_queries, 0), dtype=torch.int32, device=self.device)
+            return self._no_keys()
         keys = self.columns.view(1, 1, 1, -1).expand(-1, -1, self.num_queries, -1)
-        if self.band is None:
-            return keys
-        return torch.where(in_band(keys, self.mask.positions, self.band), -1, keys)
+        return torch.where(self._in_band_or_span(keys), -1, keys)
+
+    def slice_keys(self) -> Tensor:
+        """Keys of the slices that no other part covers ``[B or 1, G or 1, N, C]``, -1 = empty, anywhere."""
+        if self.slices is None:
+            return self._no_keys()
+        keys = expand_slices(*self._slice_tensors(self.slices))
+        covered = self._in_band_or_span(keys)
+        if self.columns is not None:
+            covered = covered | among(keys.clamp(min=0), self.columns, self.num_keys)
+        return torch.where(covered, -1, keys)
+
+    def part_keys(self) -> dict[str, Tensor]:
+        """The neighbors by part, in padded lists ``[B or 1, G or 1, N, E]``, masks applied, each key once."""
+        fixed = {"span": self.span_keys(), "band": self.band_keys(), "columns": self.column_keys()}
+        parts = {name: self._drop_forbidden(keys) for name, keys in fixed.items()}
+        parts["slices"] = self._drop_forbidden(self.slice_keys())
+        parts["listed"] = self._no_keys() if self.neighbors is None else self.neighbors
+        return parts
 
     def edge_keys(self) -> Tensor:
         """All neighbors in one padded list ``[B or 1, G or 1, N, E]``, masks applied, each key once."""
-        fixed = self._drop_forbidden(cat_keys([self.band_keys(), self.column_keys()]))
-        return fixed if self.neighbors is None else cat_keys([fixed, self.neighbors])
+        return cat_keys(list(self.part_keys().values()))
+
+    def _no_keys(self) -> Tensor:
+        return torch.empty((1, 1, self.num_queries, 0), dtype=torch.int32, device=self.device)
+
+    def _in_band_or_span(self, keys: Tensor) -> Tensor:
+        covered = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=self.device)
+        if self.band is not None:
+            covered = covered | in_band(keys, self.mask.positions, self.band)
+        if self.spans is not None:
+            covered = covered | in_span(keys, self.spans)
+        return covered
+
+    @staticmethod
+    def _slice_tensors(slices: Ranges) -> tuple[Tensor, Tensor, Tensor]:
+        """Order ``[B or 1, G or 1, L]``, starts and ends ``[B or 1, G or 1, N, P]``."""
+        if slices.order is None or slices.start is None or slices.end is None:
+            raise GraphError("slices of a graph must have an order, starts and ends")
+        return slices.order[:, :, 0], slices.start[:, :, :, 0], slices.end[:, :, :, 0]
+
+    # -- summaries -----------------------------------------------------------------------------------------------
+
+    def summary_mask(self) -> Tensor:
+        """bool ``[B, H, N, C]``, True = attended summary. For small sizes.
+
+        Raises:
+            GraphError: more than `DENSE_MASK_LIMIT` elements.
+        """
+        if self.summaries is None:
+            shape = (self.batch, self.num_heads, self.num_queries, 0)
+            return torch.zeros(shape, dtype=torch.bool, device=self.device)
+        some, group = self.summaries, self.num_heads // self.graph_heads
+        if self.batch * self.num_heads * self.num_queries * some.count > DENSE_MASK_LIMIT:
+            raise GraphError(f"a dense mask of {some.count} summaries for every query is too large")
+        number = torch.arange(some.count, dtype=torch.int32, device=self.device)[:, None]
+        inside = (number >= some.first[:, :, None]) & (number < some.stop[:, :, None])  # [B or 1, N, C, R]
+        filled = self._filled_summaries()
+        seen = (inside[:, None] & filled.mT[:, :, None]).any(-1)
+        seen = seen.repeat_interleave(self.num_heads // seen.shape[1], dim=1)
+        if some.opened is not None:
+            opened = mark(some.opened, some.count)
+            seen = seen & ~(opened.repeat_interleave(group, dim=1) if opened.shape[1] > 1 else opened)
+        return seen.expand(self.batch, self.num_heads, -1, -1)
+
+    def summaries_per_query(self) -> Tensor:
+        """How many summaries each query attends, int64 ``[B, G, N]``."""
+        shape = (self.batch, self.graph_heads, self.num_queries)
+        total = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        if self.summaries is None:
+            return total
+        some = self.summaries
+        filled = self._filled_summaries().repeat_interleave(self.graph_heads // some.members.shape[1], 1)
+        filled = filled.expand(self.batch, -1, -1, -1)
+        for level in range(some.levels):
+            in_level = filled[:, :, level]
+            before = torch.nn.functional.pad(in_level.long().cumsum(-1), (1, 0))
+            first, stop = (x[:, None, :, level].expand(shape).long() for x in (some.first, some.stop))
+            total += before.gather(2, stop) - before.gather(2, first)
+            if some.opened is not None:
+                opened = some.opened.expand(*shape[:2], -1, -1)
+                inside = (opened >= first[..., None]) & (opened < stop[..., None])
+                of_opened = in_level.gather(2, opened.clamp(min=0).flatten(2).long()).view(opened.shape)
+                total -= (inside & of_opened).sum(-1)
+        return total
+
+    def _filled_summaries(self) -> Tensor:
+        """Which summaries have keys of each level, bool ``[B or 1, Hkv or 1, R, C]``."""
+        assert self.summaries is not None
+        return mark(self.summaries.members, self.summaries.count)
 
     # -- views ---------------------------------------------------------------------------------------------------
 
@@ -311,25 +441,30 @@ class NeighborGraph:
         }
 
     def _fixed_edges_by_source(self) -> Iterator[tuple[str, int]]:
-        """Edges of the band and the columns, per source; what the band covers counts for the source of the band."""
+        """Edges of all parts but lists, per source; an edge counts for the source of the first part that has it."""
         bands: list[Band] = []
         columns: list[Tensor] = []
         for name, record in self.sources.items():
-            if record.band is None and record.columns is None:
-                continue
-            keys = replace(self, band=record.band, columns=record.columns, neighbors=None).edge_keys()
-            new = keys >= 0
-            covering = bands if record.band is not None else ([self.band] if self.band is not None else [])
-            for band in covering:
-                new = new & ~in_band(keys, self.mask.positions, band)
-            if record.columns is not None:
-                for earlier in columns:
-                    new = new & ~torch.isin(keys, earlier)
-                columns.append(record.columns)
+            counted = []
+            if record.spans:
+                counted.append(self._drop_forbidden(self.span_keys()))
             if record.band is not None:
+                keys = self._drop_forbidden(replace(self, band=record.band).band_keys())
+                for band in bands:
+                    keys = torch.where(in_band(keys, self.mask.positions, band), -1, keys)
                 bands.append(record.band)
-            repeats = self.batch * self.graph_heads // (new.shape[0] * new.shape[1])
-            yield name, int(new.sum()) * repeats
+                counted.append(keys)
+            if record.columns is not None:
+                keys = self._drop_forbidden(replace(self, columns=record.columns).column_keys())
+                for earlier in columns:
+                    keys = torch.where(torch.isin(keys, earlier), -1, keys)
+                columns.append(record.columns)
+                counted.append(keys)
+            if record.slices:
+                counted.append(self._drop_forbidden(self.slice_keys()))
+            for keys in counted:
+                repeats = self.batch * self.graph_heads // (keys.shape[0] * keys.shape[1])
+                yield name, int((keys >= 0).sum()) * repeats
 
     # -- invariants ----------------------------------------------------------------------------------------------
 
@@ -352,7 +487,20 @@ class NeighborGraph:
             if not bool((columns[1:] > columns[:-1]).all()):
                 raise GraphError(f"columns must be ascending and unique, got {columns.tolist()}")
         if self.neighbors is not None:
+            if self.spans is not None or self.slices is not None:
+                raise GraphError("a graph with lists has neither spans nor slices; they would overlap")
             self._validate_lists(self.neighbors)
+        if self.spans is not None and self.spans.start.numel():
+            start, end = self.spans.start, self.spans.end
+            if not bool(((start >= 0) & (start <= end) & (end <= self.num_keys)).all()):
+                raise GraphError(f"spans must satisfy 0 <= start <= end <= {self.num_keys}")
+        if self.slices is not None:
+            keys = expand_slices(*self._slice_tensors(self.slices))
+            ordered = torch.where(keys < 0, -1, keys).sort(-1).values
+            if bool(((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any()):
+                raise GraphError("the slices of a query overlap: one of its keys is in two of them")
+        if self.summaries is not None and self.mask.has_explicit:
+            raise GraphError("summaries hold keys that attn_mask or mask_mod may hide one by one")
 
     def _validate_lists(self, neighbors: Tensor) -> None:
         if neighbors.dtype != torch.int32 or neighbors.dim() != 4:

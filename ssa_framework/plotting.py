@@ -16,7 +16,13 @@ from ssa_framework.errors import GraphError
 if TYPE_CHECKING:
     from ssa_framework.graph import NeighborGraph
 
-PART_COLORS = {"band": "#0072B2", "columns": "#E69F00", "listed": "#009E73"}
+PART_COLORS = {
+    "span": "#56B4E9",
+    "band": "#0072B2",
+    "columns": "#E69F00",
+    "slices": "#CC79A7",
+    "listed": "#009E73",
+}
 """Of the palette of Okabe and Ito (Color Universal Design, 2008), which colour-blind people can tell apart."""
 MAX_CELLS = 512
 """Graphs with more queries or keys than this are drawn as density, several positions to a cell."""
@@ -72,14 +78,11 @@ def _edge_counts(graph: NeighborGraph, batch: int, head: int, cell: tuple[int, i
     height, width = -(-graph.num_queries // cell[0]), -(-graph.num_keys // cell[1])
     counts = {part: torch.zeros(height * width, dtype=torch.int64) for part in PART_COLORS}
     for rows, piece in graph.row_chunks():
-        keys = piece.edge_keys()
-        keys = keys[batch if keys.shape[0] > 1 else 0, head if keys.shape[1] > 1 else 0].cpu()  # [T, E]
         first_cell = torch.arange(rows.start, rows.stop)[:, None] // cell[0] * width
-        cells = torch.where(keys >= 0, first_cell + keys // cell[1], -1)
-        sizes = [piece.band_keys().shape[-1], piece.column_keys().shape[-1]]
-        parts = cells.split([*sizes, cells.shape[-1] - sum(sizes)], dim=-1)
-        for part, found in zip(counts, parts, strict=True):
-            counts[part] += torch.bincount(found[found >= 0], minlength=height * width)
+        for part, keys in piece.part_keys().items():
+            keys = keys[batch if keys.shape[0] > 1 else 0, head if keys.shape[1] > 1 else 0].cpu()  # [T, E]
+            found = (first_cell + keys // cell[1])[keys >= 0]
+            counts[part] += torch.bincount(found, minlength=height * width)
     return {part: c.view(height, width) for part, c in counts.items()}
 
 

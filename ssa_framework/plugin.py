@@ -6,7 +6,8 @@ from ssa_framework.ops.cluster_keys import Clusters, cluster_keys
 from ssa_framework.ops.group_keys import group_keys
 from ssa_framework.ops.lsh_slices import HashLevels, lsh_slices
 from ssa_framework.ops.rank_clusters import rank_clusters
-from ssa_framework.proposals import Band, Candidates, Columns, Proposal, Ranges
+from ssa_framework.ops.summarize_keys import summarize_keys
+from ssa_framework.proposals import Band, Candidates, Columns, Proposal, Ranges, Spans, Summaries
 from ssa_framework.registry import Registrar
 from ssa_framework.source import LayerSpec, NeighborSource, RoutingContext
 
@@ -27,9 +28,12 @@ __all__ = [
     "Registrar",
     "RoutingContext",
     "SSAError",
+    "Spans",
+    "Summaries",
     "cluster_keys",
     "group_keys",
     "hookimpl",
     "lsh_slices",
     "rank_clusters",
+    "summarize_keys",
 ]

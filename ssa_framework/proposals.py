@@ -1,4 +1,4 @@
-"""What a neighbor source may return: `Band`, `Columns`, `Candidates` or `Ranges`.
+"""What a neighbor source may return: `Band`, `Columns`, `Spans`, `Candidates`, `Ranges` or `Summaries`.
 
 Shapes: B batch, G graph heads, N queries, M keys. Key indices are int32 and ``-1`` means an empty slot. A leading
 size of 1 broadcasts, so a proposal that is the same for every batch element, head or query is written once.
@@ -75,7 +75,7 @@ class Ranges:
         start, end: int32 ``[B or 1, G or 1, N or 1, S, P]``: for each query, P slices ``[start, end)`` of each
             order; ``start == end`` is an empty slice. ``None`` for both is one slice that holds everything.
         attend: ``"topk"``: the router keeps the keys with the highest exact ``q·k`` of all slices. ``"all"``: every
-            key of every slice is a neighbor, beside the budget.
+            key of every slice is a neighbor, beside the budget; the slices of one order must not overlap then.
         limit: at most this many keys of each slice; the router takes the ones nearest to the query in position
             (causal: its latest members before the query), so that early and late queries both fill their budget.
     """
@@ -96,7 +96,52 @@ class Ranges:
         return self.order is None and self.start is None and self.limit is None
 
 
-Proposal: TypeAlias = Band | Columns | Candidates | Ranges
+@dataclass(frozen=True)
+class Spans:
+    """Each query attends the keys of one interval of positions, beside the budget: its own segment, for example.
+
+    Attributes:
+        start, end: int32 ``[B or 1, N]``: the keys from ``start`` to ``end - 1``; ``start == end`` is none.
+    """
+
+    start: Tensor
+    end: Tensor
+
+
+@dataclass(frozen=True)
+class Summaries:
+    """Pseudo-keys that stand for groups of keys which a query does not look at one by one.
+
+    A summary has the mean of its keys, the mean of their values, and the logarithm of how many they are as an
+    additional score, so that it weighs as much as if all of them lay at the mean. Both means are computed from the
+    keys and values that are attended, with gradients to them.
+
+    There may be several levels of them, such as small groups and large ones: each key belongs to at most one summary
+    of a level, and a query attends, of level r, the summaries from ``first[r]`` to ``stop[r] - 1`` but those that it
+    opened, whose keys it attends by another proposal. Levels share one numbering.
+
+    A summary must hold nothing that a query which attends it may not see: no later key where attention is causal, no
+    key of another document. Padding and keys that are columns are left out of their summaries by the router.
+
+    Attributes:
+        members: int32 ``[B or 1, Hkv or 1, R, M]``: the summary of level r that each key belongs to, -1 = none.
+        count: C, how many there are in all; one without keys is not attended.
+        first, stop: int32 ``[B or 1, N, R]``.
+        opened: int32 ``[B or 1, G or 1, N, P]``: -1 = none; ``None``: no query opens any.
+    """
+
+    members: Tensor
+    count: int
+    first: Tensor
+    stop: Tensor
+    opened: Tensor | None = None
+
+    @property
+    def levels(self) -> int:
+        return self.members.shape[2]
+
+
+Proposal: TypeAlias = Band | Columns | Spans | Candidates | Ranges | Summaries
 
 
 def _check_integer(tensor: object, what: str, source: str) -> Tensor:
@@ -117,7 +162,7 @@ def _check_shape(tensor: Tensor, sizes: tuple[tuple[str, int | None], ...], what
         raise ProposalError(f"source {source!r}: {what} must have shape [{want}], got {list(tensor.shape)}")
 
 
-def _require(holds: Tensor, message: Callable[[], str]) -> None:
+def require(holds: Tensor, message: Callable[[], str]) -> None:
     """Raise `ProposalError` unless ``holds`` (0-dim bool). On CUDA the device checks it when it gets there, since
     asking for the answer would make the host wait: a broken proposal then stops the program a little later."""
     if holds.device.type == "cuda":
@@ -130,7 +175,7 @@ def _check_bounds(tensor: Tensor, low: int, high: int, what: str, source: str) -
     if tensor.numel() == 0:
         return
     smallest, largest = torch.aminmax(tensor)
-    _require(
+    require(
         (smallest >= low) & (largest <= high),
         lambda: (
             f"source {source!r}: {what} must lie in [{low}, {high}], got values in [{int(smallest)}, {int(largest)}]"
@@ -143,10 +188,40 @@ def _check_device(tensor: Tensor, device: torch.device, what: str, source: str) 
         raise ProposalError(f"source {source!r}: {what} is on {tensor.device}, the keys are on {device}")
 
 
-def validate_proposal(
-    proposal: object, source: str, *, batch: int, graph_heads: int, queries: int, keys: int, device: torch.device
+def validate_proposals(
+    proposed: object,
+    source: str,
+    *,
+    batch: int,
+    graph_heads: int,
+    kv_heads: int,
+    queries: int,
+    keys: int,
+    device: torch.device,
+) -> list[Proposal]:
+    """What ``propose`` returned, one proposal or several, as a list; with int32 indices.
+
+    Raises:
+        ProposalError: says what was expected and what came.
+    """
+    several = list(proposed) if isinstance(proposed, (list, tuple)) else [proposed]
+    if not several:
+        raise ProposalError(f"source {source!r}: propose() must return at least one proposal, got an empty sequence")
+    sizes = {"batch": batch, "graph_heads": graph_heads, "queries": queries, "keys": keys, "device": device}
+    return [_validate(proposal, source, kv_heads=kv_heads, **sizes) for proposal in several]
+
+
+def _validate(
+    proposal: object,
+    source: str,
+    *,
+    batch: int,
+    graph_heads: int,
+    kv_heads: int,
+    queries: int,
+    keys: int,
+    device: torch.device,
 ) -> Proposal:
-    """Return ``proposal`` with int32 indices, or raise `ProposalError` that says what was expected and what came."""
     if isinstance(proposal, Band):
         return proposal
     if isinstance(proposal, Columns):
@@ -166,9 +241,79 @@ def validate_proposal(
         return Candidates(indices.to(torch.int32), scores, proposal.guaranteed, proposal.keys_scored)
     if isinstance(proposal, Ranges):
         return _validate_ranges(proposal, source, lead=lead, queries=queries, keys=keys, device=device)
+    if isinstance(proposal, Spans):
+        start, end = _validate_interval(
+            (proposal.start, proposal.end), ("Spans.start", "Spans.end"), keys, source, lead[0], (queries,), device
+        )
+        return Spans(start, end)
+    if isinstance(proposal, Summaries):
+        return _validate_summaries(
+            proposal, source, lead=lead, kv_heads=kv_heads, queries=queries, keys=keys, device=device
+        )
     raise ProposalError(
-        f"source {source!r}: propose() must return Band, Columns, Candidates or Ranges, got {type(proposal).__name__}"
+        f"source {source!r}: propose() must return Band, Columns, Spans, Candidates, Ranges or Summaries, or several "
+        f"of them, got {type(proposal).__name__}"
     )
+
+
+def _validate_interval(
+    bounds: tuple[Tensor, Tensor],
+    names: tuple[str, str],
+    high: int,
+    source: str,
+    batch: tuple[str, int],
+    rows: tuple[int, ...],
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """First and one past the last, ``[B or 1, *rows]``."""
+    for bound, name in zip(bounds, names, strict=True):
+        _check_integer(bound, name, source)
+        if bound.dim() != 1 + len(rows) or bound.shape[0] not in (1, batch[1]) or tuple(bound.shape[1:]) != rows:
+            wanted = ", ".join(str(size) for size in rows)
+            raise ProposalError(
+                f"source {source!r}: {name} must have shape [B={batch[1]} or 1, {wanted}], got {list(bound.shape)}"
+            )
+        _check_device(bound, device, name, source)
+        _check_bounds(bound, 0, high, name, source)
+    first, last = bounds
+    require((first <= last).all(), lambda: f"source {source!r}: {names[0]} must not exceed {names[1]}")
+    first, last = torch.broadcast_tensors(first.to(torch.int32), last.to(torch.int32))
+    return first, last
+
+
+def _validate_summaries(
+    summaries: Summaries,
+    source: str,
+    *,
+    lead: tuple[tuple[str, int], tuple[str, int]],
+    kv_heads: int,
+    queries: int,
+    keys: int,
+    device: torch.device,
+) -> Summaries:
+    count = summaries.count
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise ProposalError(f"source {source!r}: Summaries.count must be an integer >= 0, got {count!r}")
+    members = _check_integer(summaries.members, "Summaries.members", source)
+    fits = members.dim() == 4 and members.shape[0] in (1, lead[0][1]) and members.shape[1] in (1, kv_heads)
+    if not fits or members.shape[3] != keys:
+        raise ProposalError(
+            f"source {source!r}: Summaries.members must have shape [B={lead[0][1]} or 1, Hkv={kv_heads} or 1, R, "
+            f"M={keys}], got {list(members.shape)}"
+        )
+    _check_device(members, device, "Summaries.members", source)
+    _check_bounds(members, -1, count - 1, "Summaries.members", source)
+    names = ("Summaries.first", "Summaries.stop")
+    rows = (queries, members.shape[2])
+    first, stop = _validate_interval((summaries.first, summaries.stop), names, count, source, lead[0], rows, device)
+    opened = summaries.opened
+    if opened is not None:
+        _check_integer(opened, "Summaries.opened", source)
+        _check_shape(opened, (*lead, ("N", queries), ("P", None)), "Summaries.opened", source)
+        _check_device(opened, device, "Summaries.opened", source)
+        _check_bounds(opened, -1, count - 1, "Summaries.opened", source)
+        opened = opened.to(torch.int32)
+    return Summaries(members.to(torch.int32), count, first, stop, opened)
 
 
 def _validate_columns(columns: Columns, source: str, *, keys: int, device: torch.device) -> Columns:
@@ -249,5 +394,5 @@ def _validate_ranges(
         raise ProposalError(
             f"source {source!r}: Ranges.start {list(start.shape)} and Ranges.end {list(end.shape)} differ in shape"
         )
-    _require((start <= end).all(), lambda: f"source {source!r}: Ranges.start must not exceed Ranges.end")
+    require((start <= end).all(), lambda: f"source {source!r}: Ranges.start must not exceed Ranges.end")
     return Ranges(order, start.to(torch.int32), end.to(torch.int32), ranges.attend, ranges.limit)

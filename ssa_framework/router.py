@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,11 +15,22 @@ from ssa_framework.crossover import faster_dense
 from ssa_framework.errors import BudgetWarning, ConfigError, ProposalError
 from ssa_framework.graph import NeighborGraph, SourceRecord
 from ssa_framework.masks import EdgeMask
-from ssa_framework.ops.select_neighbors import Proposed, select_neighbors
+from ssa_framework.ops.select_neighbors import Proposed, Selection, select_neighbors
 from ssa_framework.ops.select_neighbors.api import Eligible
-from ssa_framework.proposals import Band, Candidates, Columns, Proposal, Ranges, unite_columns, validate_proposal
+from ssa_framework.proposals import (
+    Band,
+    Candidates,
+    Columns,
+    Proposal,
+    Ranges,
+    Spans,
+    Summaries,
+    unite_columns,
+    validate_proposals,
+)
 from ssa_framework.registry import SourceRegistry, default_registry
 from ssa_framework.source import LayerSpec, NeighborSource, RoutingContext, create_source
+from ssa_framework.summaries import clean_summaries
 
 MIN_CONTENT_SLOTS = 8
 """Slots that content sources keep where band and columns alone take the whole budget, as in the original project."""
@@ -29,7 +41,9 @@ class Router(nn.Module):
 
     Bands and columns are united. Listed keys that are forbidden by a mask or already covered are dropped, each key
     is kept once, and what remains of the budget goes to the candidates of all sources together with the highest
-    exact ``q·k``. Neighbors of the band and the columns are never dropped for content.
+    exact ``q·k``. Neighbors of the band and the columns are never dropped for content. Spans and slices that are
+    attended whole stay what they are if one source brings them and nothing is listed; otherwise they become lists,
+    beside the budget, since only lists can be compared key by key.
 
     Args:
         config: the source mix, the budget and the heads.
@@ -128,19 +142,21 @@ class Router(nn.Module):
     ) -> NeighborGraph:
         keys = k.shape[2]
         routing_q = self._routing_queries(q, k)
-        proposals = self._collect(routing_q, k, mask, active, inputs)
-        records: dict[str, SourceRecord] = {}
-        for name, proposal in proposals.items():
-            band = _clip(proposal, mask.causal) if isinstance(proposal, Band) else None
-            columns = unite_columns([proposal], q.device) if isinstance(proposal, Columns) else None
-            records[name] = SourceRecord(band=band, columns=columns)
-        band = _unite([r.band for r in records.values() if r.band is not None])
-        columns = unite_columns([p for p in proposals.values() if isinstance(p, Columns)], q.device)
-        listed = [Proposed(n, p) for n, p in proposals.items() if isinstance(p, (Candidates, Ranges))]
+        collected = self._collect(routing_q, k, mask, active, inputs)
+        records = {name: SourceRecord() for name in active if name in {n for n, _ in collected}}
+        for name, proposal in collected:
+            if isinstance(proposal, Band):
+                records[name] = replace(records[name], band=_unite([_clip(proposal, mask.causal), records[name].band]))
+            elif isinstance(proposal, Columns):
+                records[name] = replace(records[name], columns=unite_columns([proposal], q.device))
+        band = _unite([r.band for r in records.values()])
+        columns = unite_columns([p for _, p in collected if isinstance(p, Columns)], q.device)
         budget = self.layer.num_neighbors - _width(band, columns, keys)
-        everything = self._proposer_of_everything(listed, keys)
+        everything = self._proposer_of_everything(collected, keys)
         if everything is not None and may_be_dense:
             return self._full_graph(q, k, mask, records, credit=everything)
+        whole = _attended_whole(collected, keys)
+        listed = [] if whole is not None else _as_lists(collected)
         if listed and budget < 1:
             budget = MIN_CONTENT_SLOTS
             warnings.warn(
@@ -152,10 +168,16 @@ class Router(nn.Module):
         eligible = Eligible(mask, q.shape[1], keys, band, columns)
         selection = select_neighbors(routing_q, k.detach(), listed, eligible, max(1, budget), backend=self.backend)
         for p in listed:
-            scored = selection.keys_scored[p.source]
-            if isinstance(p.proposal, Candidates) and p.proposal.keys_scored is not None:
-                scored = torch.maximum(scored, torch.as_tensor(p.proposal.keys_scored, device=scored.device))
-            records[p.source] = SourceRecord(listed=selection.listed[p.source], keys_scored=scored)
+            records[p.owner] = _with_selected(records[p.owner], p, selection)
+        spans, slices = (None, None) if whole is None else (whole.spans, whole.slices)
+        summaries = self._summaries(collected, mask, columns)
+        for name, proposal in collected:
+            records[name] = replace(
+                records[name],
+                spans=records[name].spans or (spans is not None and isinstance(proposal, Spans)),
+                slices=records[name].slices or (slices is not None and isinstance(proposal, Ranges)),
+                summaries=records[name].summaries or isinstance(proposal, Summaries),
+            )
         return NeighborGraph(
             batch=q.shape[0],
             num_heads=q.shape[1],
@@ -165,8 +187,22 @@ class Router(nn.Module):
             band=band,
             columns=columns,
             neighbors=selection.neighbors,
+            spans=spans,
+            slices=slices,
+            summaries=summaries,
             sources=records,
         )
+
+    def _summaries(
+        self, collected: Sequence[tuple[str, Proposal]], mask: EdgeMask, columns: Tensor | None
+    ) -> Summaries | None:
+        found = [(name, proposal) for name, proposal in collected if isinstance(proposal, Summaries)]
+        if len(found) > 1:
+            raise ConfigError(
+                f"sources {' and '.join(repr(name) for name, _ in found)} return summaries; a graph holds those of one "
+                f"source, so switch them off for the others"
+            )
+        return clean_summaries(found[0][1], found[0][0], mask, columns) if found else None
 
     def _routing_queries(self, q: Tensor, k: Tensor) -> Tensor:
         """``[B, H, N, D]`` → ``[B, G, N, D]``: a group that shares a graph is routed by its mean query, since the
@@ -179,9 +215,10 @@ class Router(nn.Module):
 
     def _collect(
         self, q: Tensor, k: Tensor, mask: EdgeMask, active: Mapping[str, nn.Module], inputs: Mapping[str, Any]
-    ) -> dict[str, Proposal]:
-        proposals: dict[str, Proposal] = {}
-        bands: list[Band] = []
+    ) -> list[tuple[str, Proposal]]:
+        """What every source proposes, by its name, in the order of the sources."""
+        collected: list[tuple[str, Proposal]] = []
+        bands: list[Band | None] = []
         listed = 0
         for name, source in active.items():
             assert isinstance(source, NeighborSource)
@@ -197,35 +234,37 @@ class Router(nn.Module):
                 )
                 if ctx.num_keys == 0 or ctx.num_queries == 0 or ctx.batch == 0:
                     continue  # nothing to route; the graph is empty
-                proposal = validate_proposal(
+                proposals = validate_proposals(
                     source.propose(ctx),
                     name,
                     batch=ctx.batch,
                     graph_heads=ctx.graph_heads,
+                    kv_heads=k.shape[1],
                     queries=ctx.num_queries,
                     keys=ctx.num_keys,
                     device=ctx.device,
                 )
-            if isinstance(proposal, Band) and not source.needs_positions:
-                raise ProposalError(
-                    f"source {name!r} returned a Band, which compares positions; set needs_positions = True on "
-                    f"{type(source).__name__}"
-                )
-            if isinstance(proposal, Band):
-                bands.append(_clip(proposal, mask.causal))
-            elif isinstance(proposal, Columns):
-                listed += len(proposal.positions)
-            elif isinstance(proposal, Candidates) and proposal.guaranteed:
-                listed += proposal.indices.shape[-1]
-            proposals[name] = proposal
-        return proposals
+            for proposal in proposals:
+                if isinstance(proposal, Band) and not source.needs_positions:
+                    raise ProposalError(
+                        f"source {name!r} returned a Band, which compares positions; set needs_positions = True on "
+                        f"{type(source).__name__}"
+                    )
+                if isinstance(proposal, Band):
+                    bands.append(_clip(proposal, mask.causal))
+                elif isinstance(proposal, Columns):
+                    listed += len(proposal.positions)
+                elif isinstance(proposal, Candidates) and proposal.guaranteed:
+                    listed += proposal.indices.shape[-1]
+                collected.append((name, proposal))
+        return collected
 
-    def _proposer_of_everything(self, listed: list[Proposed], keys: int) -> str | None:
+    def _proposer_of_everything(self, collected: Sequence[tuple[str, Proposal]], keys: int) -> str | None:
         """The source that proposes every key, where they all fit: the graph then holds every allowed key."""
-        for p in listed:
-            fits = p.is_forced or self.layer.num_neighbors >= keys
-            if fits and isinstance(p.proposal, Ranges) and p.proposal.is_everything:
-                return p.source
+        for name, proposal in collected:
+            if isinstance(proposal, Ranges) and proposal.is_everything:
+                if proposal.attend == "all" or self.layer.num_neighbors >= keys:
+                    return name
         return None
 
     def _full_graph(
@@ -267,10 +306,57 @@ def _clip(band: Band, causal: bool) -> Band:
     return Band(band.before, 0) if causal else band
 
 
-def _unite(bands: list[Band]) -> Band | None:
-    if not bands:
+def _unite(bands: Sequence[Band | None]) -> Band | None:
+    some = [b for b in bands if b is not None]
+    return Band(max(b.before for b in some), max(b.after for b in some)) if some else None
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """Keys that are attended whole, as they were proposed."""
+
+    spans: Spans | None
+    slices: Ranges | None
+
+
+def _attended_whole(collected: Sequence[tuple[str, Proposal]], keys: int) -> _Whole | None:
+    """Spans and slices that need no lists; ``None`` where something has to be listed, or they might overlap."""
+    spans = [p for _, p in collected if isinstance(p, Spans)]
+    ranges = [p for _, p in collected if isinstance(p, Ranges)]
+    lists = any(isinstance(p, Candidates) for _, p in collected)
+    if lists or len(spans) > 1 or len(ranges) > 1 or any(r.attend != "all" or r.limit is not None for r in ranges):
         return None
-    return Band(max(b.before for b in bands), max(b.after for b in bands))
+    if not ranges:
+        return _Whole(spans[0] if spans else None, None)
+    slices = ranges[0]
+    if slices.start is None or slices.end is None or slices.start.shape[3] != 1:
+        return None
+    if slices.order is None:
+        order = torch.arange(keys, dtype=torch.int32, device=slices.start.device).view(1, 1, 1, -1)
+        slices = replace(slices, order=order)
+    return _Whole(spans[0] if spans else None, slices)
+
+
+def _as_lists(collected: Sequence[tuple[str, Proposal]]) -> list[Proposed]:
+    """What has to be listed, spans and slices that are attended whole included."""
+    listed: list[Proposed] = []
+    for name, proposal in collected:
+        if isinstance(proposal, Spans):
+            start, end = (x[:, None, :, None, None] for x in (proposal.start, proposal.end))
+            proposal = Ranges(None, start, end, attend="all")
+        if isinstance(proposal, (Candidates, Ranges)):
+            again = sum(p.owner == name for p in listed)
+            listed.append(Proposed(f"{name} ({again + 1})" if again else name, proposal, name))
+    return listed
+
+
+def _with_selected(record: SourceRecord, p: Proposed, selection: Selection) -> SourceRecord:
+    scored, listed = selection.keys_scored[p.source], selection.listed[p.source]
+    if isinstance(p.proposal, Candidates) and p.proposal.keys_scored is not None:
+        scored = torch.maximum(scored, torch.as_tensor(p.proposal.keys_scored, device=scored.device))
+    if record.listed is not None and record.keys_scored is not None:
+        listed, scored = record.listed + listed, record.keys_scored + scored
+    return replace(record, listed=listed, keys_scored=scored)
 
 
 def _width(band: Band | None, columns: Tensor | None, keys: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -215,8 +215,9 @@ class NeighborSource(nn.Module):
             raise UnknownOptionError(_unknown_options(type(self).__name__, options, self.option_defaults()))
         self.layer = layer
 
-    def propose(self, ctx: RoutingContext) -> Proposal:
-        """Return the keys for the queries of ``ctx`` as `Band`, `Columns`, `Candidates` or `Ranges`."""
+    def propose(self, ctx: RoutingContext) -> Proposal | Sequence[Proposal]:
+        """Return the keys for the queries of ``ctx``: a `Band`, `Columns`, `Spans`, `Candidates`, `Ranges`,
+        `Summaries`, or several of them."""
         raise NotImplementedError(f"{type(self).__name__} must implement propose(ctx)")
 
     @classmethod

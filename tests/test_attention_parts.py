@@ -36,12 +36,18 @@ def spans_of(queries: int, keys: int, offset: int, length: int, batch: int = 2) 
 
 
 def summaries_of(
-    heads: tuple[int, int], count: int, queries: int, dims: tuple[int, int], dtype: torch.dtype, batch: int = 2
+    heads: tuple[int, int],
+    count: int,
+    queries: int,
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+    batch: int = 2,
+    levels: int = 1,
 ) -> dict[str, Tensor]:
     weight = torch.rand(batch, heads[1], count, dtype=dtype) * 3
     weight[:, :, 3 % max(1, count) :: 7] = -torch.inf
-    stop = torch.randint(0, count + 1, (batch, queries)).int()
-    first = (stop - torch.randint(0, count + 1, (batch, queries)).int()).clamp(min=0)
+    bounds = torch.randint(0, count + 1, (batch, queries, 2 * levels)).sort(-1).values.int()
+    first, stop = bounds[..., ::2], bounds[..., 1::2]
     opened = torch.rand(batch, heads[0], queries, count + 2).argsort(-1)[..., :3].int()
     return {
         "summary_k": torch.randn(batch, heads[1], count, dims[0], dtype=dtype),
@@ -127,7 +133,7 @@ def test_everything_at_once(
         slice_order=order,
         slice_start=start,
         slice_end=end,
-        **summaries_of((lists, heads[1]), 90, queries, dims, dtype),
+        **summaries_of((lists, heads[1]), 90, queries, dims, dtype, levels=1 + shared),
         **(documents if masked else {}),
     )
     check(implementation, q, k, v, parts, 2e-6 if dtype == torch.float32 else 1e-12)

@@ -9,6 +9,7 @@ from dense import dense_attention
 from ssa_framework import NeighborGraph, SSAConfig, build_graph, sparse_attention
 from ssa_framework.errors import BackendUnavailableError, ConfigError, DtypeError, GraphError, ShapeError
 from ssa_framework.ops.neighbor_attention import available_backends, neighbor_attention, torch_gather
+from ssa_framework.ops.neighbor_attention.api import _parts_in_rows
 from ssa_framework.ops.neighbor_attention.op import neighbor_attention_op
 
 MIX = {"self": {}, "window": {"size": 3}, "global": {"indices": [0, 5]}, "topk": {}}
@@ -175,13 +176,18 @@ def test_no_keys_gives_zeros(backend: str) -> None:
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
 def test_the_op_is_a_proper_torch_op(backend: str) -> None:
     q, k, v = tensors(20)
-    graph = graph_of(q, k)
-    arguments = (
-        q, k, v, graph.neighbors, None, graph.columns, None, None, None,
-        [graph.band.before, graph.band.after], 0, True, 0.35, 0.0, 0, False, backend,
-    )  # fmt: skip
-    results = torch.library.opcheck(neighbor_attention_op, arguments)
-    assert set(results.values()) == {"SUCCESS"}
+    mixes = {"lists": None, "summaries": {"global": {"indices": [0]}, "clusters": {"levels": [[4, 2], [8, 2]]}}}
+    for name, mix in mixes.items():
+        graph = graph_of(q, k) if mix is None else build_graph(q, k, config=SSAConfig(sources=mix, num_neighbors=4))
+        ((_, parts),) = _parts_in_rows(graph, k, v)
+        assert (parts.neighbors is not None) == (name == "lists")
+        assert (parts.summary_k is not None) == (name == "summaries")
+        arguments = (
+            q, k, v, parts.bias, parts.summary_k, parts.summary_v, *parts.structure,
+            [parts.band_before, parts.band_after], 0, True, 0.35, 0.0, 0, False, backend,
+        )  # fmt: skip
+        results = torch.library.opcheck(neighbor_attention_op, arguments)
+        assert set(results.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize(

@@ -42,14 +42,15 @@ def ranked(q: Tensor, clusters: Clusters, limits: tuple[Tensor, Tensor], budget:
     """The definition, query by query."""
     batch, heads, queries, _ = q.shape
     repeats = heads // clusters.size.shape[1]
-    low, high = (x.expand(batch, -1).tolist() for x in limits)
+    low, high = ((x if x.dim() == 3 else x[..., None]).expand(batch, -1, -1).tolist() for x in limits)
     rows = []
     for b in range(batch):
         for g in range(heads):
             size = clusters.size[b, g // repeats].tolist()
             scores = (q[b, g].double() @ clusters.centroids[b, g // repeats].double().T).tolist()
             for n in range(queries):
-                allowed = [c for c in range(max(low[b][n], 0), min(high[b][n], len(size))) if size[c]]
+                ranges = list(zip(low[b][n], high[b][n], strict=True))
+                allowed = [c for c in range(len(size)) if size[c] and any(x <= c < y for x, y in ranges)]
                 opened, left = [], budget
                 for c in sorted(allowed, key=lambda c, row=scores[n]: (-row[c], c))[:most]:
                     left -= size[c]
@@ -69,6 +70,18 @@ def test_the_best_clusters_that_fit(slots: int, queries: int, dim: int, backend:
         got = rank_clusters(q, clusters, limits, 200, 12, backend=backend)
         assert got.dtype == torch.int32
         assert got.tolist() == ranked(q, clusters, limits, 200, 12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("slots", [1, 63, 130, 300])
+@pytest.mark.parametrize("ranges", [1, 2, 4])
+def test_several_ranges_that_may_overlap(ranges: int, slots: int, backend: str) -> None:
+    q, clusters = whole_numbers(2, 4, 65, 5), random_clusters(2, 2, slots, 5)
+    generator = torch.Generator().manual_seed(4)
+    low = torch.randint(-3, slots + 4, (2, 65, ranges), generator=generator, dtype=torch.int32)
+    limits = low, low + torch.randint(-5, slots // 2 + 5, low.shape, generator=generator, dtype=torch.int32)
+    got = rank_clusters(q, clusters, limits, 200, 12, backend=backend)
+    assert got.tolist() == ranked(q, clusters, limits, 200, 12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -191,7 +204,7 @@ def test_bad_input() -> None:
     for wrong in (q[:, :3], q[:1], q[..., :4]):
         with pytest.raises(ShapeError, match="G a multiple of Hkv"):
             rank_clusters(wrong, clusters, limits, 10, 3)
-    with pytest.raises(ShapeError, match=r"limits must be int32 \[B or 1, N\] .* got high torch.int32 \[1, 9\]"):
+    with pytest.raises(ShapeError, match=r"limits must be int32 \[B or 1, N\] .* got (low|high) torch.int32 \[1, 9\]"):
         rank_clusters(q, clusters, (limits[0], limits[1][:, :9]), 10, 3)
     with pytest.raises(ShapeError, match=r"got low torch\.int64"):
         rank_clusters(q, clusters, (limits[0].long(), limits[1]), 10, 3)

@@ -153,20 +153,40 @@ class TestLSHNotCentred(SourceContract):
 
 
 class TestClusters(SourceContract):
-    """Several full segments, and a rest."""
+    """Several full segments, and a rest; summaries."""
 
     source = "clusters"
-    options: ClassVar = {"segment": 8, "cluster": 2, "keys": 6, "iterations": 2}
+    options: ClassVar = {"levels": [[8, 2]], "keys": 6, "iterations": 2}
 
 
-class TestClustersAttendedWhole(SourceContract):
+class TestClustersOfTwoLevels(SourceContract):
     source = "clusters"
-    options: ClassVar = {"segment": 8, "cluster": 2, "keys": 6, "attend": "all"}
+    options: ClassVar = {"levels": [[4, 2], [16, 4]], "keys": 6}
+
+
+class TestClustersWithoutSummaries(SourceContract):
+    source = "clusters"
+    options: ClassVar = {"levels": [[8, 2]], "keys": 6, "summaries": False}
+
+
+class TestClustersBestKeys(SourceContract):
+    source = "clusters"
+    options: ClassVar = {"levels": [[8, 2]], "keys": 6, "attend": "topk", "summaries": False}
+
+
+class TestClustersBestKeysAndSummaries(SourceContract):
+    source = "clusters"
+    options: ClassVar = {"levels": [[8, 2]], "keys": 6, "attend": "topk"}
 
 
 class TestBlocks(SourceContract):
     source = "blocks"
     options: ClassVar = {"size": 4, "keys": 8}
+
+
+class TestBlocksWithSummaries(SourceContract):
+    source = "blocks"
+    options: ClassVar = {"size": 4, "keys": 8, "attend": "all", "summaries": True}
 
 
 class TestBlocksByMean(SourceContract):
@@ -176,14 +196,14 @@ class TestBlocksByMean(SourceContract):
 
 class TestClustersOfOneKey(SourceContract):
     source = "clusters"
-    options: ClassVar = {"segment": 5, "cluster": 1, "keys": 3}
+    options: ClassVar = {"levels": [[5, 1]], "keys": 3}
 
 
 class TestClustersOfShortSequences(SourceContract):
     """No segment is ever full."""
 
     source = "clusters"
-    options: ClassVar = {"segment": 1000}
+    options: ClassVar = {"levels": [[1000, 10]]}
 
 
 # -- broken sources ----------------------------------------------------------------------------------------------
@@ -407,7 +427,7 @@ def test_a_source_that_serves_what_it_claims_to_refuse_fails() -> None:
         pytest.param(OutOfRange, r"Candidates\.indices must lie in \[-1, 62\], got values in \[63, 63\]", id="range"),
         pytest.param(WrongDtype, r"Candidates\.indices must be int32 .* got torch\.float32", id="dtype"),
         pytest.param(WrongShape, r"Candidates\.indices must have shape .* got \[63, 2\]", id="shape"),
-        pytest.param(NotAProposal, r"must return Band, Columns, Candidates or Ranges, got NoneType", id="kind"),
+        pytest.param(NotAProposal, r"must return Band, Columns, Spans, Candidates, Ranges or Summaries, or several of them, got NoneType", id="kind"),
         pytest.param(Empty, r"source 'broken' proposes nothing", id="empty"),
         pytest.param(SortsByAllKeys, r"changing tokens from \d+ on changes the neighbors of others", id="leak"),
         pytest.param(GlobalRandomness, r"the same seed gives two graphs", id="nondeterministic"),

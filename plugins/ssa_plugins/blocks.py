@@ -12,12 +12,13 @@ from ssa_framework.plugin import (
     ConfigError,
     LayerSpec,
     NeighborSource,
+    Proposal,
     Ranges,
     Registrar,
     RoutingContext,
     hookimpl,
 )
-from ssa_plugins.segments import Attend, Places, check_attend, take
+from ssa_plugins.segments import Attend, Level, Opened, Places, check_attend, propose, take
 
 
 class Blocks(NeighborSource):
@@ -33,7 +34,9 @@ class Blocks(NeighborSource):
         rank: ``"bound"`` or ``"mean"``.
         keys: how many keys of blocks a query looks at, at most; four times ``num_neighbors`` if left out.
         attend: ``"topk"``: the neighbors are the best of those keys by exact ``q·k``. ``"all"``: all of them, beside
-            the budget; they are kept as lists, which take memory for each of them.
+            the budget.
+        summaries: attend to the mean of each block that is not opened, weighted by its size. They cannot honour
+            ``attn_mask`` and ``mask_mod``, which may hide single keys.
 
     Ranking compares a query with one mean, or two bounds, for every ``size`` keys, which `keys_scored` leaves out.
     """
@@ -46,6 +49,7 @@ class Blocks(NeighborSource):
         rank: Literal["bound", "mean"] = "bound",
         keys: int | None = None,
         attend: Attend = "topk",
+        summaries: bool = False,
     ) -> None:
         super().__init__(layer)
         keys = 4 * layer.num_neighbors if keys is None else keys
@@ -57,20 +61,22 @@ class Blocks(NeighborSource):
         if keys < size:
             raise ConfigError(f"blocks: keys must hold a block of {size} keys at least, got {keys}")
         self.size, self.rank, self.keys = size, rank, keys
-        self.attend = check_attend("blocks", attend)
+        self.attend, self.summaries = check_attend("blocks", attend), summaries
 
     def extra_repr(self) -> str:
         return f"size={self.size}, rank={self.rank}, keys={self.keys}, attend={self.attend}"
 
-    def propose(self, ctx: RoutingContext) -> Ranges:
+    def propose(self, ctx: RoutingContext) -> Proposal | list[Proposal]:
         if ctx.num_keys <= self.layer.num_neighbors:
             return Ranges.everything()  # all of them fit the budget; there is nothing to choose
         places = Places.of(ctx, self.size)
         if not places.starts.shape[1]:
-            return places.ranges(ctx, attend=self.attend)
+            return propose(ctx, places, None, attend=self.attend, summaries=False)
         keys = ctx.shared_k if places.order is None else take(ctx.shared_k, places.order)
         q, blocks = self._summaries(ctx.q, keys, places.starts)
-        return places.open(ctx, q, blocks, keys=self.keys, about=2 * self.size, attend=self.attend)
+        level = Level.of(ctx, places, blocks)
+        opened = Opened.best(ctx, q, [level], keys=self.keys, about=2 * self.size)
+        return propose(ctx, places, opened, attend=self.attend, summaries=self.summaries)
 
     def _summaries(self, q: Tensor, keys: Tensor, starts: Tensor) -> tuple[Tensor, Clusters]:
         """Blocks as clusters, and queries whose product with their centroids ranks them."""

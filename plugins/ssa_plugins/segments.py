@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ssa_framework.plugin import Clusters, ConfigError, Ranges, RoutingContext, rank_clusters
+from ssa_framework.plugin import (
+    Clusters,
+    ConfigError,
+    Proposal,
+    Ranges,
+    RoutingContext,
+    Spans,
+    Summaries,
+    rank_clusters,
+)
 
 Attend = Literal["topk", "all"]
 
@@ -74,19 +84,128 @@ class Places:
         first = before.gather(1, of_queries.clamp(min=0)).int()
         return cls(order.int(), starts, first, first + stop, own, end)
 
-    def open(
-        self, ctx: RoutingContext, q: Tensor, clusters: Clusters, *, keys: int, about: int, attend: Attend
-    ) -> Ranges:
-        """The best clusters of the open segments, up to ``keys`` keys, and the query's own keys.
+    def best_of(self, ctx: RoutingContext, opened: Opened | None) -> Ranges:
+        """Opened clusters and, behind them in the same order, the own keys, of which the best are attended."""
+        order = self.by_place(ctx)
+        start, end = (x[:, None, :, None].expand(ctx.batch, ctx.graph_heads, -1, 1) for x in (self.own, self.end))
+        if opened is not None:
+            shift = opened.order.shape[2]
+            order = torch.cat([opened.order, order], dim=2)
+            start, end = torch.cat([opened.start, start + shift], dim=3), torch.cat([opened.end, end + shift], dim=3)
+        return Ranges(ctx.per_graph_head(order)[:, :, None], start[:, :, :, None].int(), end[:, :, :, None].int())
+
+    def whole(self, ctx: RoutingContext, opened: Opened | None) -> list[Proposal]:
+        """The own keys and all keys of opened clusters."""
+        proposals: list[Proposal] = [Spans(*self._own_span(ctx))]
+        if opened is not None:
+            order = ctx.per_graph_head(opened.order)[:, :, None]
+            start, end = opened.start[:, :, :, None].int(), opened.end[:, :, :, None].int()
+            proposals.append(Ranges(order, start, end, attend="all"))
+        return proposals
+
+    def _own_span(self, ctx: RoutingContext) -> tuple[Tensor, Tensor]:
+        """First and one past the last position of the own keys; keys of other documents may lie between."""
+        if self.order is None or not ctx.num_keys:
+            return self.own, self.end
+        some = self.end > self.own
+        rows = max(self.order.shape[0], self.own.shape[0])
+        order = self.order.expand(rows, -1)
+
+        def key_at(place: Tensor) -> Tensor:
+            return order.gather(1, place.clamp(0, ctx.num_keys - 1).long().expand(rows, -1))
+
+        return torch.where(some, key_at(self.own), 0), torch.where(some, key_at(self.end - 1) + 1, 0)
+
+    def by_place(self, ctx: RoutingContext) -> Tensor:
+        """The key at each place, int32 ``[B, Hkv, M]``."""
+        order = self.order
+        if order is None:
+            order = torch.arange(ctx.num_keys, dtype=torch.int32, device=ctx.device)[None]
+        return order[:, None].expand(ctx.batch, ctx.shared_k.shape[1], -1)
+
+
+@dataclass(frozen=True)
+class Level:
+    """Clusters of segments of one length, and which of them each query sees.
+
+    Attributes:
+        clusters: of the keys by place; ``centroids`` are what queries are compared with.
+        order: int32 ``[B, Hkv, L]``, the keys (not places) cluster by cluster.
+        first, stop: int32 ``[B or 1, N]``: a query sees the clusters from ``first`` to ``stop - 1``.
+    """
+
+    clusters: Clusters
+    order: Tensor
+    first: Tensor
+    stop: Tensor
+
+    @classmethod
+    def of(cls, ctx: RoutingContext, places: Places, clusters: Clusters, first: Tensor | None = None) -> Level:
+        """The clusters of the segments of ``places``, as many slots for each; ``first``: the first segment that a
+        query sees, ``places.first`` if left out."""
+        slots = clusters.size.shape[2] // places.starts.shape[1]
+        order = clusters.order
+        if places.order is not None:
+            order = places.by_place(ctx).gather(2, order.long())
+        return cls(clusters, order, (places.first if first is None else first) * slots, places.stop * slots)
+
+    def members(self, num_keys: int, start: int = 0) -> Tensor:
+        """The number of the cluster of each key, from ``start`` on, int32 ``[B, Hkv, M]``, -1 = none."""
+        first, size = self.clusters.start.long(), self.clusters.size.long()
+        batch, heads, count = size.shape
+        length = self.order.shape[2]
+        number = torch.where(size > 0, torch.arange(1, count + 1, device=size.device), 0)
+        # +number where a cluster begins and -number where it ends: the sum up to a place is the number there
+        steps = torch.zeros((batch, heads, length + 1), dtype=torch.int64, device=size.device)
+        steps.scatter_add_(2, first, number).scatter_add_(2, first + size, -number)
+        owner = steps.cumsum(2)[..., :length]
+        members = torch.full((batch, heads, num_keys + 1), -1, dtype=torch.int32, device=size.device)
+        places = torch.where(owner > 0, self.order, num_keys).long()
+        return members.scatter_(2, places, (owner - 1 + start).int())[..., :num_keys]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Clusters that queries look into, of all levels; levels follow one another in the numbers and in the order.
+
+    Attributes:
+        levels: the clusters.
+        order: int32 ``[B, Hkv, L]``, the keys level by level, cluster by cluster.
+        numbers: int32 ``[B, G, N, P]``, -1 = none.
+        start, end: int32 ``[B, G, N, P]``, slices of ``order``.
+        first, stop: int32 ``[B or 1, N, R]``, the clusters that a query sees of each level.
+    """
+
+    levels: list[Level]
+    order: Tensor
+    numbers: Tensor
+    start: Tensor
+    end: Tensor
+    first: Tensor
+    stop: Tensor
+
+    @classmethod
+    def best(cls, ctx: RoutingContext, q: Tensor, levels: list[Level], *, keys: int, about: int) -> Opened:
+        """The clusters whose centroids fit each query best, up to ``keys`` keys.
 
         Args:
             q: what is compared with the centroids, ``[B, G, N, ..]``.
-            clusters: of the keys by place; every segment has as many slots. about: usual size of a cluster.
+            about: usual size of the smallest clusters.
         """
-        slots = clusters.size.shape[2] // self.starts.shape[1]
+        numbers = [0, *itertools.accumulate(level.clusters.size.shape[2] for level in levels)]
+        places = [0, *itertools.accumulate(level.order.shape[2] for level in levels)]
+        clusters = Clusters(
+            torch.cat([level.order for level in levels], dim=2),
+            torch.cat([level.clusters.start + at for level, at in zip(levels, places, strict=False)], dim=2),
+            torch.cat([level.clusters.size for level in levels], dim=2),
+            torch.cat([level.clusters.centroids for level in levels], dim=2),
+        )
+        first = torch.stack([level.first + at for level, at in zip(levels, numbers, strict=False)], dim=-1)
+        stop = torch.stack([level.stop + at for level, at in zip(levels, numbers, strict=False)], dim=-1)
+        first = torch.minimum(first, stop)
         # half the usual size on average would be uncommonly small
         most = max(1, -(-2 * keys // about))
-        opened = rank_clusters(q, clusters, (self.first * slots, self.stop * slots), keys, most)
+        opened = rank_clusters(q, clusters, (first, stop), keys, most)
         chosen = opened.clamp(min=0).long()
 
         def of_opened(table: Tensor) -> Tensor:
@@ -94,31 +213,15 @@ class Places:
             return torch.where(opened < 0, 0, table.gather(3, chosen))
 
         start, size = of_opened(clusters.start), of_opened(clusters.size)
-        return self.ranges(ctx, clusters.order, (start, start + size), attend=attend)
+        return cls(levels, clusters.order, opened, start, start + size, first, stop)
 
-    def ranges(
-        self,
-        ctx: RoutingContext,
-        clustered: Tensor | None = None,
-        opened: tuple[Tensor, Tensor] | None = None,
-        *,
-        attend: Attend,
-    ) -> Ranges:
-        """Slices of the clusters and, behind them in the same order, of the keys by place."""
-        by_place = self.order
-        if by_place is None:
-            by_place = torch.arange(ctx.num_keys, dtype=torch.int32, device=ctx.device)[None]
-        by_place = by_place[:, None].expand(ctx.batch, ctx.shared_k.shape[1], -1)
-        starts, ends = (x[:, None, :, None].expand(ctx.batch, ctx.graph_heads, -1, 1) for x in (self.own, self.end))
-        order = by_place
-        if clustered is not None and opened is not None:
-            shift = clustered.shape[2]
-            if self.order is not None:
-                clustered = by_place.gather(2, clustered.long())
-            order = torch.cat([clustered, by_place], dim=2)
-            starts, ends = torch.cat([opened[0], starts + shift], dim=3), torch.cat([opened[1], ends + shift], dim=3)
-        order, starts, ends = order[:, :, None], starts[:, :, :, None].int(), ends[:, :, :, None].int()
-        return Ranges(ctx.per_graph_head(order), starts, ends, attend=attend)
+    def summaries(self, num_keys: int) -> Summaries:
+        """A summary of every cluster, for queries that see it and did not open it."""
+        members, count = [], 0
+        for level in self.levels:
+            members.append(level.members(num_keys, count))
+            count += level.clusters.size.shape[2]
+        return Summaries(torch.stack(members, dim=2), count, self.first, self.stop, self.numbers)
 
 
 def _split(begin: Tensor, end: Tensor, length: int, causal: bool) -> tuple[Tensor, Tensor]:
@@ -144,6 +247,16 @@ def _segments_of_documents(rank: Tensor, count: int, keys: int, length: int, seg
     before = after - full
     starts = first.gather(1, document) + (number - before.gather(1, document)) * length
     return torch.where(inside, starts, -1).int(), before
+
+
+def propose(
+    ctx: RoutingContext, places: Places, opened: Opened | None, *, attend: Attend, summaries: bool
+) -> list[Proposal]:
+    """The own keys of every query and those of the clusters that it opened, and summaries of the others."""
+    proposals = places.whole(ctx, opened) if attend == "all" else [places.best_of(ctx, opened)]
+    if summaries and opened is not None:
+        proposals.append(opened.summaries(ctx.num_keys))
+    return proposals
 
 
 def take(x: Tensor, order: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from ssa_framework.errors import ConfigError
 from ssa_framework.graph import NeighborGraph
 from ssa_framework.ops.key_lists import in_band
 from ssa_framework.ops.neighbor_attention.api import check_graph, check_tensors
+from ssa_framework.ops.summarize_keys import summarize_keys
 from ssa_framework.quality.sample import pick_queries, sample_rows
 
 _CHUNK_ELEMENTS = 2**22
@@ -40,6 +41,8 @@ class QualityReport:
         output_error_p95: 95 % of the queries have at most this error.
         output_error_total: the same ratio of Frobenius norms over all rows at once.
         degree: neighbors per query.
+        summaries: summaries that a query attends beside them; `recall` and `attention_mass` count none of them,
+            `output_error` does.
         allowed: keys per query that the mask allows.
         keys_scored: per source, distinct keys per query whose ``q·k`` was computed for it; over all queries.
         slots: per source, neighbor slots per query that it filled; over all queries.
@@ -62,6 +65,7 @@ class QualityReport:
     output_error_p95: float
     output_error_total: float
     degree: float
+    summaries: float
     allowed: float
     keys_scored: Mapping[str, float]
     slots: Mapping[str, float]
@@ -140,6 +144,7 @@ class _Chunk:
     error_squared: Tensor
     norm_squared: Tensor
     degree: Tensor
+    summaries: Tensor
     allowed: Tensor
 
 
@@ -151,17 +156,33 @@ def _compare(
     keys, values = key.to(compute), value.to(compute)
     if graph.mask.key_keep is not None:  # zero weight times a NaN in the padding would still be NaN
         values = values.masked_fill(~graph.mask.key_keep[:, None, :, None], 0.0)
+    pseudo_keys = pseudo_values = log_weight = None
+    if graph.summaries is not None:
+        some = graph.summaries
+        pseudo_keys, pseudo_values, log_weight = summarize_keys(keys, values, some.members, some.count)
     step = max(1, _CHUNK_ELEMENTS // (graph.batch * graph.num_heads * graph.num_keys))
     for start in range(0, graph.num_queries, step):
         rows = torch.arange(start, min(start + step, graph.num_queries), device=query.device)
         piece = pick_queries(graph, rows)
         queries = query[:, :, rows].to(compute).unflatten(1, (key.shape[1], -1))  # [B, Hkv, g, T, D]
-        scores = (queries.flatten(2, 3) @ keys.transpose(-1, -2)).unflatten(2, queries.shape[2:4]) * scale
-        yield _compare_rows(scores.flatten(1, 2), values, piece, recall_at)
+        scores = _scores(queries, keys) * scale
+        summaries = None
+        if pseudo_keys is not None and pseudo_values is not None and log_weight is not None:
+            weight = log_weight.repeat_interleave(graph.num_heads // log_weight.shape[1], dim=1)
+            summaries = _scores(queries, pseudo_keys) * scale + weight[:, :, None], pseudo_values
+        yield _compare_rows(scores, values, summaries, piece, recall_at)
 
 
-def _compare_rows(scores: Tensor, values: Tensor, graph: NeighborGraph, recall_at: int) -> _Chunk:
-    """``scores [B, H, T, M]``, ``values [B, Hkv, M, Dv]``, the graph of the same T queries."""
+def _scores(queries: Tensor, keys: Tensor) -> Tensor:
+    """``[B, Hkv, g, T, D]`` by ``[B, Hkv, M, D]`` → ``[B, H, T, M]``."""
+    return (queries.flatten(2, 3) @ keys.transpose(-1, -2)).unflatten(2, queries.shape[2:4]).flatten(1, 2)
+
+
+def _compare_rows(
+    scores: Tensor, values: Tensor, summaries: tuple[Tensor, Tensor] | None, graph: NeighborGraph, recall_at: int
+) -> _Chunk:
+    """``scores [B, H, T, M]``, ``values [B, Hkv, M, Dv]``, both of all summaries too, and the graph of the same T
+    queries."""
     every_key = torch.arange(graph.num_keys, dtype=torch.int32, device=scores.device)
     every_key = every_key.expand(graph.batch, 1, scores.shape[2], -1)
     allowed = graph.mask.structural(every_key)
@@ -184,7 +205,13 @@ def _compare_rows(scores: Tensor, values: Tensor, graph: NeighborGraph, recall_a
     kept = torch.where(edges, weights, 0.0)
     mass = kept.sum(-1)
     dense = _weighted_values(weights, values)
-    sparse = _weighted_values(torch.where(edges, (scores - _edge_lse(scores, edges)).exp(), 0.0), values)
+    kept_scores, kept_values = torch.where(edges, scores, float("-inf")), values
+    seen = graph.summary_mask()
+    if summaries is not None:
+        of_summaries = torch.where(seen, summaries[0], float("-inf"))
+        kept_scores = torch.cat([kept_scores, of_summaries], dim=-1)
+        kept_values = torch.cat([values, summaries[1]], dim=2)
+    sparse = _weighted_values((kept_scores - _finite_lse(kept_scores)).exp(), kept_values)
     difference, norm = (sparse - dense).norm(dim=-1), dense.norm(dim=-1)
     error = torch.where(difference == 0, 0.0, difference / norm)
     return _Chunk(
@@ -197,12 +224,13 @@ def _compare_rows(scores: Tensor, values: Tensor, graph: NeighborGraph, recall_a
         error_squared=difference.double().square(),
         norm_squared=norm.double().square(),
         degree=edges.sum(-1),
+        summaries=seen.sum(-1),
         allowed=counts,
     )
 
 
-def _edge_lse(scores: Tensor, edges: Tensor) -> Tensor:
-    lse = torch.where(edges, scores, float("-inf")).logsumexp(-1, keepdim=True)
+def _finite_lse(scores: Tensor) -> Tensor:
+    lse = scores.logsumexp(-1, keepdim=True)
     return torch.where(lse == float("-inf"), 0.0, lse)  # no neighbor: no weight, rather than NaN
 
 
@@ -277,6 +305,7 @@ class _Tally:
             output_error_p95=_quantile(error, counts, 0.95, empty=0.0),
             output_error_total=(float(self._all("error_squared").sum()) / norm) ** 0.5 if norm else 0.0,
             degree=degree,
+            summaries=_mean(self._all("summaries"), counts),
             allowed=allowed,
             keys_scored=scored,
             slots=slots,

@@ -39,5 +39,4 @@ def pick_queries(graph: NeighborGraph, rows: Tensor) -> NeighborGraph:
         mask_mod=None if mask_mod is None else lambda b, h, i, m: mask_mod(b, h, rows[i] + row_offset, m),
         batch_offset=mask.batch_offset,
     )
-    neighbors = None if graph.neighbors is None else graph.neighbors[:, :, rows]
-    return replace(graph, mask=picked, neighbors=neighbors, sources={})
+    return replace(graph.with_queries(picked, rows), sources={})

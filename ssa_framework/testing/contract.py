@@ -13,11 +13,11 @@ from ssa_framework.attention import sparse_attention
 from ssa_framework.config import SSAConfig
 from ssa_framework.errors import ConfigError, UnknownOptionError
 from ssa_framework.graph import NeighborGraph
-from ssa_framework.proposals import Band, Candidates, Proposal, Ranges, validate_proposal
+from ssa_framework.proposals import Band, Candidates, Proposal, Ranges, validate_proposals
 from ssa_framework.registry import SourceRegistry, default_registry
 from ssa_framework.router import Router, layer_spec
 from ssa_framework.source import NeighborSource, RoutingContext, create_source
-from ssa_framework.testing.inputs import CASES, AttentionInputs, dense_attention, make_inputs
+from ssa_framework.testing.inputs import CASES, AttentionInputs, graph_attention, make_inputs
 
 
 class SourceContract:
@@ -101,7 +101,7 @@ class SourceContract:
     def source_class(self) -> type[NeighborSource]:
         return (self.registry or default_registry()).get(self.source)
 
-    def propose(self, inputs: AttentionInputs, graph_heads: str = "query") -> tuple[Proposal, RoutingContext]:
+    def propose(self, inputs: AttentionInputs, graph_heads: str = "query") -> tuple[list[Proposal], RoutingContext]:
         """What the source itself returns, checked, and what it was told."""
         layer = layer_spec(self.config(inputs, graph_heads=graph_heads))
         source = create_source(self.source, self.source_class(), layer, self.options)
@@ -114,16 +114,17 @@ class SourceContract:
             seed=layer.seed,
             inputs=self.source_inputs(inputs),
         )
-        proposal = validate_proposal(
+        proposals = validate_proposals(
             source.propose(ctx),
             self.source,
             batch=ctx.batch,
             graph_heads=ctx.graph_heads,
+            kv_heads=inputs.k.shape[1],
             queries=ctx.num_queries,
             keys=ctx.num_keys,
             device=ctx.device,
         )
-        return proposal, ctx
+        return proposals, ctx
 
     # -- proposals -----------------------------------------------------------------------------------------------
 
@@ -134,11 +135,13 @@ class SourceContract:
         inputs = make_inputs(**CASES[case])
         if self.refuses(inputs, graph_heads=graph_heads):
             return
-        proposal, ctx = self.propose(inputs, graph_heads)
-        if isinstance(proposal, Ranges):
-            assert _slices_increase(proposal), "keys within a slice must come in strictly increasing position"
-        if isinstance(proposal, Candidates) and proposal.scores is not None:
-            _assert_scores_exact(proposal.indices, proposal.scores, ctx)
+        proposals, ctx = self.propose(inputs, graph_heads)
+        for proposal in proposals:
+            if isinstance(proposal, Ranges):
+                assert _slices_increase(proposal), "keys within a slice must come in strictly increasing position"
+            if isinstance(proposal, Candidates) and proposal.scores is not None:
+                _assert_scores_exact(proposal.indices, proposal.scores, ctx)
+        self.route(self.router(inputs, alone=True, graph_heads=graph_heads), inputs).validate()
 
     @pytest.mark.parametrize("graph_heads", ["query", "kv"])
     @pytest.mark.parametrize("case", [name for name in CASES if "length-1" not in name and "padded" not in name])
@@ -151,7 +154,7 @@ class SourceContract:
         if self.refuses(inputs, graph_heads=graph_heads):
             return
         edges = self.route(self.router(inputs, alone=True, graph_heads=graph_heads), inputs).to_dense_mask()
-        if not inputs.cross and self.propose(inputs, graph_heads)[0] != Band(0, 0):
+        if not inputs.cross and self.propose(inputs, graph_heads)[0] != [Band(0, 0)]:
             positions = inputs.edge_mask().positions
             own = positions[..., None] == torch.arange(inputs.keys)
             edges = edges & ~own[:, None]
@@ -167,13 +170,13 @@ class SourceContract:
 
     @pytest.mark.parametrize("case", CASES)
     def test_equals_dense_attention_under_its_mask(self, case: str) -> None:
-        """Forward and all gradients, in float64."""
+        """Forward and all gradients, in float64; summaries, if any, are pseudo-keys beside the keys."""
         inputs = make_inputs(**CASES[case])
         if self.refuses(inputs):
             return
         sparse, dense = inputs.with_grad(), inputs.with_grad()
         out, graph = self.attend(sparse)
-        expected = dense_attention(dense.q, dense.k, dense.v, graph.to_dense_mask())
+        expected = graph_attention(dense.q, dense.k, dense.v, graph)
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
         (out * weight).sum().backward()

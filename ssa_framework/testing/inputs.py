@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssa_framework.graph import NeighborGraph
 from ssa_framework.masks import EdgeMask, make_edge_mask
 
 
@@ -160,13 +161,34 @@ def packed_ids(batch: int, tokens: int) -> Tensor:
     return ids
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention over every pair that ``mask [B, H, N, M]`` allows, in plain torch; zeros where a query has none."""
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Attention over every pair that ``mask [B, H, N, M]`` allows, in plain torch; zeros where a query has none.
+
+    ``bias``, of the same shape, is added to the scores.
+    """
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scores = (q @ k.transpose(-1, -2)) / q.shape[-1] ** 0.5
+    if bias is not None:
+        scores = scores + bias
     weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=-1) * mask
     return weights @ v
+
+
+def graph_attention(q: Tensor, k: Tensor, v: Tensor, graph: NeighborGraph) -> Tensor:
+    """Dense attention over the edges of a graph, and over its summaries as explicit pseudo-keys."""
+    mask = graph.to_dense_mask()
+    summaries = graph.summaries
+    if summaries is None:
+        return dense_attention(q, k, v, mask)
+    number = torch.arange(summaries.count, dtype=torch.int32)
+    member = (summaries.members[:, :, :, None] == number[:, None]).any(2).to(k.dtype)  # [B or 1, Hkv or 1, C, M]
+    size = member.sum(-1, keepdim=True)
+    k, v = (torch.cat([x, member @ x / size.clamp(min=1)], dim=2) for x in (k, v))
+    weight = size[..., 0].clamp(min=1).log().repeat_interleave(q.shape[1] // size.shape[1], dim=1)
+    seen = graph.summary_mask()
+    bias = torch.cat([torch.zeros_like(mask, dtype=k.dtype), weight[:, :, None].expand(seen.shape)], dim=-1)
+    return dense_attention(q, k, v, torch.cat([mask, seen], dim=-1), bias)
 
 
 CASES: Mapping[str, Mapping[str, Any]] = {

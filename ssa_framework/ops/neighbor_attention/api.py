@@ -12,9 +12,11 @@ from ssa_framework.ops.neighbor_attention import reference, triton_support
 from ssa_framework.ops.neighbor_attention.dense import dense_attention
 from ssa_framework.ops.neighbor_attention.op import IMPLEMENTATIONS, neighbor_attention_op
 from ssa_framework.ops.neighbor_attention.parts import GraphParts
+from ssa_framework.ops.summarize_keys import summarize_keys
 
 if TYPE_CHECKING:
     from ssa_framework.graph import NeighborGraph
+    from ssa_framework.proposals import Ranges, Summaries
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -122,7 +124,7 @@ def neighbor_attention(
                 f"backend 'reference' stores all {elements} scores and serves at most {reference.MAX_ELEMENTS}; "
                 f"use backend='torch'"
             )
-    pieces = _parts_in_rows(graph)
+    pieces = _parts_in_rows(graph, k, v)
     has_bias = any(parts.bias is not None for _, parts in pieces)
     lists_only = all(parts.has_lists_only for _, parts in pieces)
     backend = _choose_backend(backend, q, v, dropout_p=dropout_p, has_bias=has_bias, lists_only=lists_only)
@@ -142,7 +144,7 @@ def neighbor_attention(
                 parts.bias,
                 parts.summary_k,
                 parts.summary_v,
-                parts.structure,
+                *parts.structure,
                 [parts.band_before, parts.band_after],
                 parts.query_offset,
                 parts.causal,
@@ -193,15 +195,15 @@ def _without_padding(k: Tensor, v: Tensor, graph: NeighborGraph) -> tuple[Tensor
     return k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)
 
 
-def _parts_in_rows(graph: NeighborGraph) -> list[tuple[slice, GraphParts]]:
+def _parts_in_rows(graph: NeighborGraph, k: Tensor, v: Tensor) -> list[tuple[slice, GraphParts]]:
     """The graph taken apart; in one piece, unless single edges have to be looked up in masks and are many."""
     mask = graph.mask
     everything = slice(0, graph.num_queries)
+    summaries = _summary_parts(graph.summaries, k, v)
     if not mask.has_explicit and mask.offset is not None:
-        band = graph.band
         parts = GraphParts(
-            band_before=band.before if band is not None else -1,
-            band_after=band.after if band is not None else -1,
+            band_before=graph.band.before if graph.band is not None else -1,
+            band_after=graph.band.after if graph.band is not None else -1,
             query_offset=mask.offset,
             causal=mask.causal,
             columns=graph.columns,
@@ -209,6 +211,10 @@ def _parts_in_rows(graph: NeighborGraph) -> list[tuple[slice, GraphParts]]:
             key_keep=mask.key_keep,
             query_segments=mask.query_segments,
             key_segments=mask.key_segments,
+            span_start=graph.spans.start if graph.spans is not None else None,
+            span_end=graph.spans.end if graph.spans is not None else None,
+            **_slice_parts(graph.slices),
+            **summaries,
         )
         return [(everything, parts)]
     # Masks that only an edge-by-edge look-up can answer, or irregular positions: every edge goes into the list.
@@ -220,5 +226,29 @@ def _parts_in_rows(graph: NeighborGraph) -> list[tuple[slice, GraphParts]]:
         bias = None
         if mask.is_additive or (mask.per_head and graph.graph_heads != graph.num_heads):
             bias = piece.mask.explicit_bias(keys.clamp(min=0), graph.num_heads)
-        pieces.append((rows, GraphParts(neighbors=keys, bias=bias)))
+        seen = _seen(piece.summaries) if piece.summaries is not None else {}
+        pieces.append((rows, GraphParts(neighbors=keys, bias=bias, **(summaries | seen))))
     return pieces
+
+
+def _slice_parts(slices: Ranges | None) -> dict[str, Tensor]:
+    if slices is None or slices.order is None or slices.start is None or slices.end is None:
+        return {}
+    start, end = slices.start[:, :, :, 0], slices.end[:, :, :, 0]
+    return {"slice_order": slices.order[:, :, 0], "slice_start": start, "slice_end": end}
+
+
+def _summary_parts(summaries: Summaries | None, k: Tensor, v: Tensor) -> dict[str, Tensor | None]:
+    if summaries is None:
+        return {}
+    summary_k, summary_v, log_weight = summarize_keys(k, v, summaries.members, summaries.count)
+    made = {"summary_k": summary_k, "summary_v": summary_v, "summary_log_weight": log_weight}
+    return made | _seen(summaries)
+
+
+def _seen(summaries: Summaries) -> dict[str, Tensor | None]:
+    return {
+        "summary_first": summaries.first,
+        "summary_stop": summaries.stop,
+        "summary_opened": summaries.opened,
+    }

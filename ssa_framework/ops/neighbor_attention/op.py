@@ -44,7 +44,8 @@ def neighbor_attention_op(
     bias: Tensor | None,
     summary_k: Tensor | None,
     summary_v: Tensor | None,
-    structure: Sequence[Tensor | None],
+    structure: Sequence[Tensor],
+    present: int,
     band: Sequence[int],
     query_offset: int,
     causal: bool,
@@ -54,7 +55,7 @@ def neighbor_attention_op(
     fp32_weights: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    parts = GraphParts.of_structure(structure, bias, (summary_k, summary_v), band, query_offset, causal)
+    parts = GraphParts.of_structure(structure, present, bias, (summary_k, summary_v), band, query_offset, causal)
     return IMPLEMENTATIONS[backend]().forward(
         q, k, v, parts, scale=scale, dropout_p=dropout_p, seed=seed, fp32_weights=fp32_weights
     )
@@ -72,7 +73,8 @@ def neighbor_attention_backward_op(
     bias: Tensor | None,
     summary_k: Tensor | None,
     summary_v: Tensor | None,
-    structure: Sequence[Tensor | None],
+    structure: Sequence[Tensor],
+    present: int,
     band: Sequence[int],
     query_offset: int,
     causal: bool,
@@ -81,7 +83,7 @@ def neighbor_attention_backward_op(
     seed: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    parts = GraphParts.of_structure(structure, bias, (summary_k, summary_v), band, query_offset, causal)
+    parts = GraphParts.of_structure(structure, present, bias, (summary_k, summary_v), band, query_offset, causal)
     return IMPLEMENTATIONS[backend]().backward(
         grad_out, grad_lse, q, k, v, out, lse, parts, scale=scale, dropout_p=dropout_p, seed=seed
     )
@@ -119,7 +121,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     q, k, v, bias, summary_k, summary_v, structure = inputs[:7]
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse, bias, summary_k, summary_v, *structure)
-    ctx.options = (*inputs[7:13], inputs[14])  # all but fp32_weights: the backward always computes in float32
+    ctx.options = (*inputs[7:14], inputs[15])  # all but fp32_weights: the backward always computes in float32
 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
@@ -129,7 +131,7 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
         grad_out, grad_lse, q, k, v, out, lse, *optional, structure, *ctx.options
     )  # fmt: skip
     rest = [None if x is None else grad.to(x.dtype) for x, grad in zip(optional, grads[3:], strict=True)]
-    return *grads[:3], *rest, [None] * len(structure), *([None] * 8)
+    return *grads[:3], *rest, [None] * len(structure), *([None] * 9)
 
 
 neighbor_attention_op.register_autograd(_backward, setup_context=_setup_context)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ssa_framework.ops.key_lists import among, expand_slices, mark
+
 STRUCTURE = (
     "neighbors", "columns", "key_keep", "query_segments", "key_segments", "span_start", "span_end",
     "slice_order", "slice_start", "slice_end", "summary_log_weight", "summary_first", "summary_stop", "summary_opened",
@@ -34,14 +36,14 @@ class GraphParts:
         key_keep: bool ``[B or 1, M]``.
         query_segments, key_segments: int ``[B or 1, N]`` and ``[B or 1, M]``.
         span_start, span_end: int32 ``[B or 1, N]``: the keys from ``span_start`` to ``span_end - 1``.
-        slice_order: int32 ``[B or 1, G or 1, L]``, an order of keys, each at most once.
-        slice_start, slice_end: int32 ``[B or 1, G or 1, N, P]``: the keys ``slice_order[start:end]``; the slices of a
-            query do not overlap.
+        slice_order: int32 ``[B or 1, G or 1, L]``, an order of keys; a key may be in it several times.
+        slice_start, slice_end: int32 ``[B or 1, G or 1, N, P]``: the keys ``slice_order[start:end]``; no two slices of
+            a query hold the same key.
         summary_k, summary_v: ``[B, Hkv, C, D]`` and ``[B, Hkv, C, Dv]``, pseudo-keys and pseudo-values, float32 (or
             float64 with float64 keys).
         summary_log_weight: like them ``[B, Hkv, C]``, added to the scores; -inf = not attended.
-        summary_first, summary_stop: int32 ``[B or 1, N]``: a query attends the summaries from ``summary_first`` to
-            ``summary_stop - 1``
+        summary_first, summary_stop: int32 ``[B or 1, N, R]``: a query attends, for each of R levels, the summaries
+            from ``summary_first`` to ``summary_stop - 1``; levels do not overlap
         summary_opened: int32 ``[B or 1, G or 1, N, P]``: except for these; -1 = none.
     """
 
@@ -68,14 +70,16 @@ class GraphParts:
     summary_opened: Tensor | None = None
 
     @property
-    def structure(self) -> list[Tensor | None]:
-        """The tensors that `STRUCTURE` names."""
-        return [getattr(self, name) for name in STRUCTURE]
+    def structure(self) -> tuple[list[Tensor], int]:
+        """The tensors of `STRUCTURE` that are there, and which they are, a bit for each place."""
+        present = [place for place, name in enumerate(STRUCTURE) if getattr(self, name) is not None]
+        return [getattr(self, STRUCTURE[place]) for place in present], sum(1 << place for place in present)
 
     @classmethod
     def of_structure(
         cls,
-        structure: Sequence[Tensor | None],
+        structure: Sequence[Tensor],
+        present: int,
         bias: Tensor | None,
         summaries: tuple[Tensor | None, Tensor | None],
         band: Sequence[int],
@@ -83,7 +87,8 @@ class GraphParts:
         causal: bool,
     ) -> GraphParts:
         """The inverse of `structure`."""
-        tensors = dict(zip(STRUCTURE, structure, strict=True))
+        names = [name for place, name in enumerate(STRUCTURE) if present >> place & 1]
+        tensors = dict(zip(names, structure, strict=True))
         return cls(
             band_before=band[0],
             band_after=band[1],
@@ -175,9 +180,7 @@ class GraphParts:
             start, end = (x[:, None, rows, None] for x in (self.span_start, self.span_end))
             allowed = allowed & ~((keys >= start) & (keys < end))
         if self.columns is not None:
-            is_column = torch.zeros(num_keys, dtype=torch.bool, device=keys.device)
-            is_column[self.columns.long()] = True
-            allowed = allowed & ~is_column[keys.clamp(min=0).long()]
+            allowed = allowed & ~among(keys.clamp(min=0), self.columns, num_keys)
         if self.key_keep is not None:
             allowed = allowed & look_up(self.key_keep, keys.clamp(min=0))
         if self.query_segments is not None and self.key_segments is not None:
@@ -191,13 +194,11 @@ class GraphParts:
             return None
         count = self.summary_log_weight.shape[2]
         number = torch.arange(count, dtype=torch.int32, device=self.summary_log_weight.device)
-        seen = (number >= self.summary_first[:, None, rows, None]) & (number < self.summary_stop[:, None, rows, None])
+        first, stop = (x[:, None, rows, None] for x in (self.summary_first, self.summary_stop))
+        seen = ((number[:, None] >= first) & (number[:, None] < stop)).any(-1)
         if self.summary_opened is None:
             return seen
-        opened = self.summary_opened[:, :, rows]
-        padded = torch.zeros((*opened.shape[:3], count + 1), dtype=torch.bool, device=opened.device)
-        padded.scatter_(-1, torch.where(opened < 0, count, opened).long(), True)
-        return seen & ~padded[..., :count]
+        return seen & ~mark(self.summary_opened[:, :, rows], count)
 
     def batch_element(self, batch: slice) -> GraphParts:
         """The parts of some batch elements; a view."""
@@ -207,25 +208,6 @@ class GraphParts:
 
         names = [name for name in (*STRUCTURE, "bias", "summary_k", "summary_v") if name != "columns"]
         return replace(self, **{name: pick(getattr(self, name)) for name in names})
-
-
-def expand_slices(order: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """``order [B or 1, G or 1, L]`` and slices ``[B or 1, G or 1, N, P]`` → their keys, int32
-    ``[B or 1, G or 1, N, K]``, slice by slice, -1 = empty at the end."""
-    sizes = (end - start).clamp(min=0).long()
-    ends = sizes.cumsum(-1)
-    total = ends[..., -1:] if ends.shape[-1] else ends.new_zeros((*ends.shape[:-1], 1))
-    width = int(total.max()) if total.numel() else 0
-    slot = torch.arange(width, device=order.device).expand(*total.shape[:-1], -1).contiguous()
-    which = torch.searchsorted(ends, slot, right=True).clamp(max=max(0, ends.shape[-1] - 1))
-    if not width:
-        return order.new_full((*total.shape[:-1], 0), -1)
-    place = start.long().gather(-1, which) + slot - (ends - sizes).gather(-1, which)
-    batch, heads = max(order.shape[0], start.shape[0]), max(order.shape[1], start.shape[1])
-    inside = slot < total
-    place = torch.where(inside, place, 0).expand(batch, heads, -1, -1)
-    keys = order.expand(batch, heads, -1).gather(2, place.flatten(2)).view(place.shape)
-    return torch.where(inside, keys, -1)
 
 
 def look_up(table: Tensor, keys: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def rank_clusters(
         q: ``[B, G, N, D]``, any floating dtype, scored in float32.
         clusters: of `cluster_keys`, with Hkv heads, G a multiple of Hkv, and S slots in all.
         limits: ``low, high``, int32 ``[B or 1, N]``: query n may open the clusters c with ``low <= c < high``, of
-            those that are not empty.
+            those that are not empty. ``[B or 1, N, R]``: in any of R such ranges.
         budget: the most keys that a query opens. most: the most clusters.
         backend: ``"auto"``, ``"numba"`` (CPU) or ``"torch"``.
 
@@ -46,9 +46,10 @@ def rank_clusters(
             f"[B, Hkv, S], got {list(q.shape)}, {list(centroids.shape)} and {list(size.shape)}"
         )
     for name, limit in zip(("low", "high"), limits, strict=True):
-        if limit.shape not in ((1, q.shape[2]), (q.shape[0], q.shape[2])) or limit.dtype != torch.int32:
+        fits = limit.dim() in (2, 3) and limit.shape[0] in (1, q.shape[0]) and limit.shape[1] == q.shape[2]
+        if not fits or limit.shape != limits[0].shape or limit.dtype != torch.int32:
             raise ShapeError(
-                f"limits must be int32 [B or 1, N] with B, N = {q.shape[0]}, {q.shape[2]}, got {name} {limit.dtype} "
+                f"limits must be int32 [B or 1, N] or [B or 1, N, R] with B, N = {q.shape[0]}, {q.shape[2]}, got {name} {limit.dtype} "
                 f"{list(limit.shape)}"
             )
     if budget < 0:
@@ -57,11 +58,12 @@ def rank_clusters(
         raise ConfigError(f"most must be at least 1 cluster, got {most}")
     if backend not in _BACKENDS:
         raise BackendUnavailableError(f"backend {backend!r} cannot rank clusters; use one of {', '.join(_BACKENDS)}")
+    low, high = (limit if limit.dim() == 3 else limit[..., None] for limit in limits)
     on_cpu = q.device.type == "cpu"
     if backend == "numba" and not on_cpu:
         raise BackendUnavailableError(f"backend 'numba' serves CPU tensors, got {q.device}; use backend='auto'")
     if backend in ("auto", "numba") and on_cpu:
         from ssa_framework.ops.rank_clusters import numba_cpu  # Numba takes a moment to import
 
-        return numba_cpu.rank(q, clusters, limits, budget, most)
-    return torch_rank.rank(q, clusters, limits, budget, most)
+        return numba_cpu.rank(q, clusters, (low, high), budget, most)
+    return torch_rank.rank(q, clusters, (low, high), budget, most)

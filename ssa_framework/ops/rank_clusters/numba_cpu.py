@@ -19,7 +19,7 @@ def rank(q: Tensor, clusters: Clusters, limits: tuple[Tensor, Tensor], budget: i
     kv_heads, slots = clusters.size.shape[1:]
     opened = torch.empty((batch, heads, queries, most), dtype=torch.int32)
     q_array, out = as_array(q.float()), opened.numpy()
-    low, high = (as_array(x.expand(batch, -1)) for x in limits)
+    low, high = (as_array(x.expand(batch, -1, -1)) for x in limits)
     sizes, centroids = as_array(clusters.size), as_array(clusters.centroids.float())
     count = max(1, -(-slots // STRIP))
     strips = np.empty((batch, kv_heads, count * dim * STRIP), dtype=np.float32)

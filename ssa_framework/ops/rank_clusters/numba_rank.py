@@ -79,14 +79,15 @@ def rank_block(
 
     Args:
         q: float32 ``[N, D]``. strips, numbers, before: of `build_strips`. size: int32 ``[S]``.
-        low, high: int32 ``[N]``. opened: out, int32 ``[N, most]``.
+        low, high: int32 ``[N, R]``. opened: out, int32 ``[N, most]``.
     """
     rows, dim = q.reshape(q.size), q.shape[1]
     for row in range(first, last, ROWS):
         count = min(ROWS, last - row)
         begin, end = size.shape[0], 0  # of all queries in the block
         for n in range(row, row + count):
-            begin, end = min(begin, _index(before, low[n])), max(end, _index(before, high[n]))
+            for r in range(low.shape[1]):
+                begin, end = min(begin, _index(before, low[n, r])), max(end, _index(before, high[n, r]))
         scratch.largest[:] = _NONE
         for strip in range(begin // STRIP, (end + STRIP - 1) // STRIP):
             base = strip * STRIP
@@ -94,18 +95,19 @@ def rank_block(
                 some = min(TOGETHER, count - i)
                 columns = 0
                 for n in range(row + i, row + i + some):
-                    if _index(before, low[n]) < base + STRIP:
-                        columns = max(columns, _index(before, high[n]) - base)
+                    _, upper, _ = _inside(before, low[n], high[n], base)
+                    columns = max(columns, upper)
                 for column in range(0, min(columns, STRIP), 2 * LANES):
                     _score(rows, row + i, some - 1, dim, strips, base * dim + column, scratch.sums, column)
                 for t in range(some):
-                    lower = max(_index(before, low[row + i + t]) - base, 0)
-                    upper = min(_index(before, high[row + i + t]) - base, STRIP)
+                    lower, upper, several = _inside(before, low[row + i + t], high[row + i + t], base)
                     if lower < upper:
                         for j in range(0, STRIP, LANES):
                             _take_ranks(
                                 scratch.sums, t * STRIP + j, scratch.ranks[i + t], base + j, j, lower, upper
                             )  # fmt: skip
+                        if several:
+                            _drop_between(before, low[row + i + t], high[row + i + t], base, scratch.ranks[i + t])
                         _find_largest(scratch, i + t, strip)
         scratch.left[:] = budget
         scratch.found[:] = 0
@@ -121,6 +123,31 @@ def rank_block(
 def _index(before: Any, limit: int) -> int:
     """Where the slots from ``limit`` on begin among those that are not empty."""
     return before[min(max(limit, 0), before.shape[0] - 1)]
+
+
+@device_function
+def _inside(before: Any, low: Any, high: Any, base: int) -> tuple[int, int, bool]:
+    """First and one past the last column of the strip at ``base`` in any of the ranges ``low, high [R]``, and
+    whether there are several such ranges; ``0, 0`` if none."""
+    first, last, ranges = STRIP, 0, 0
+    for r in range(low.shape[0]):
+        lower = max(_index(before, low[r]) - base, 0)
+        upper = min(_index(before, high[r]) - base, STRIP)
+        if lower < upper:
+            first, last, ranges = min(first, lower), max(last, upper), ranges + 1
+    return (first, last, ranges > 1) if ranges else (0, 0, False)
+
+
+@device_function
+def _drop_between(before: Any, low: Any, high: Any, base: int, ranks: Any) -> None:
+    """What lies in none of the ranges cannot be opened."""
+    for column in range(STRIP):
+        inside = False
+        for r in range(low.shape[0]):
+            lower, upper = _index(before, low[r]) - base, _index(before, high[r]) - base
+            inside |= lower <= column < upper
+        if not inside:
+            ranks[base + column] = _NONE
 
 
 @device_function

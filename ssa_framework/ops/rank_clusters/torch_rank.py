@@ -22,9 +22,10 @@ def rank(q: Tensor, clusters: Clusters, limits: tuple[Tensor, Tensor], budget: i
     rows = max(1, _SCORES_AT_ONCE // max(1, batch * heads * slots))
     for first in range(0, queries, rows):
         part = slice(first, first + rows)
-        low, high = (x.to(q.device)[:, None, part, None] for x in limits)
+        low, high = (x[:, None, part, None] for x in limits)  # [B or 1, 1, rows, 1, R]
         scores = q[:, :, part].float() @ centroids.mT  # [B, G, R, S]
-        allowed = (number >= low) & (number < high) & (size > 0) & (scores > -torch.inf)
+        inside = ((number[:, None] >= low) & (number[:, None] < high)).any(-1)
+        allowed = inside & (size > 0) & (scores > -torch.inf)
         scores, best = scores.masked_fill(~allowed, -torch.inf).sort(dim=-1, descending=True, stable=True)
         scores, best = scores[..., :most], best[..., :most]
         keys = size.expand(-1, -1, best.shape[2], -1).gather(3, best).cumsum(-1)

@@ -13,10 +13,19 @@ from ssa_framework.proposals import Band, Candidates, Ranges
 
 @dataclass(frozen=True)
 class Proposed:
-    """The listed proposal of one source."""
+    """A listed proposal.
+
+    Attributes:
+        source: its name, different for each proposal. owner: the source that it comes from; ``source`` if left out.
+    """
 
     source: str
     proposal: Candidates | Ranges
+    owner: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.owner:
+            object.__setattr__(self, "owner", self.source)
 
     @property
     def is_forced(self) -> bool:
