@@ -1,10 +1,11 @@
-"""Quality of routing against keys scored and time, on queries and keys of a model of yours.
+"""Quality of routing against keys looked at and time, on queries and keys of a model of yours.
 
 Takes a folder of files `*.pt`, one per layer, each `{"q": [H, N, D], "k": [Hkv, N, D], "v": [Hkv, N, D], "scale":
-float}` after the rotary embedding. Causal; a window of 16 and the first 4 tokens are always attended; 128 more keys are
-chosen. Quality is that of a sample of queries; those before position 2,048 are left out, they have little to choose
-from. Time is that of all queries of the middle layer, routing and attention together, as a ratio to torch's dense
-attention, measured in turns (above 1 = faster than dense). Writes one CSV row per setting, means over layers.
+float}` after the rotary embedding. Causal; the first 4 tokens are always attended, and a window of 16 by all but the
+presets, which have none. Quality is that of a sample of queries; those before position 2,048 are left out, they have
+little to choose from. Time is that of all queries of the middle layer, routing and attention together, as a ratio to
+torch's dense attention, measured in turns (above 1 = faster than dense). Writes one CSV row per setting, means over
+layers, and a picture of error against keys and against time.
 
     python benchmarks/routing_quality.py TENSORS --out benchmarks/results/routing_quality.csv
 """
@@ -14,12 +15,14 @@ from __future__ import annotations
 import csv
 import functools
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 import typer
+from matplotlib.figure import Figure
 from recall import commit
 from rich.console import Console
 from rich.progress import Progress, track
@@ -27,8 +30,36 @@ from rich.table import Table
 
 import ssa_framework
 from ssa_framework import SSAConfig, build_graph, sparse_attention
+from ssa_framework.presets import PRESETS
 from ssa_framework.quality import measure
 from ssa_framework.quality.timing import time_alternating
+
+FIRST_QUERY, WINDOW, TOKENS = 2048, 16, 4
+ROUNDS = 3
+COLUMNS = [
+    "source", "options", "neighbors", "keys_scored", "keys_attended", "summaries", "recall_at_32",
+    "recall_beyond_window", "attention_mass", "output_error", "output_error_p95", "times_dense", "sparse_ms",
+    "dense_ms", "threads", "layers", "length", "queries", "version", "commit", "torch",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A source with its options beside the fixed pattern, or a preset. ``neighbors``: chosen by content."""
+
+    source: str
+    options: dict[str, Any] = field(default_factory=dict)
+    neighbors: int = 128
+
+    @property
+    def config(self) -> SSAConfig:
+        if self.source == "preset":
+            return SSAConfig.preset(self.options["name"], dense_below=0)
+        mix: dict[str, Any] = {"self": {}, "window": {"size": WINDOW}, "global": {"tokens": TOKENS}}
+        mix[self.source] = self.options
+        window = max(WINDOW, self.options.get("size", 0)) if self.source == "window" else WINDOW
+        return SSAConfig(sources=mix, num_neighbors=self.neighbors + window + 1 + TOKENS)
+
 
 CROSS: dict[str, Any] = {"hash": "cross_polytope"}
 LSH: list[dict[str, Any]] = [
@@ -42,32 +73,24 @@ LSH: list[dict[str, Any]] = [
     *({**CROSS, "candidates": 160, "rounds": r, "probes": 3, "max_planes": 7, "limit": 38} for r in (4, 8, 12, 16)),
     *({**CROSS, "candidates": 160, "rounds": 16, "probes": 2, "max_planes": 7, "limit": n} for n in (16, 24, 36, 72)),
 ]
-SETTINGS: list[tuple[str, dict[str, Any]]] = [
-    *(("lsh", options) for options in LSH),
-    ("clusters", {}),
-    ("clusters", {"keys": 128}),
-    ("clusters", {"keys": 512}),
-    ("clusters", {"cluster": 16}),
-    ("clusters", {"segment": 512}),
-    ("clusters", {"segment": 512, "cluster": 16, "keys": 192}),
-    ("clusters", {"segment": 2048}),
-    ("blocks", {}),
-    ("blocks", {"rank": "mean"}),
-    ("blocks", {"size": 64}),
-    ("topk", {}),
+ONE_LEVEL: list[tuple[int, int, int]] = [(512, 16, 128), (512, 16, 192), (512, 16, 384), (1024, 32, 256)]
+SETTINGS: list[Setting] = [
+    *(Setting("lsh", options) for options in LSH),
+    *(Setting("preset", {"name": name}) for name in PRESETS),
+    *(Setting("clusters", {"keys": keys}) for keys in (96, 192, 512)),
+    *(Setting("clusters", {"levels": [[s, c]], "keys": keys}) for s, c, keys in ONE_LEVEL),
+    Setting("clusters", {"summaries": False}),
+    Setting("clusters", {"attend": "topk"}),
+    Setting("clusters", {"attend": "topk", "summaries": False}),
+    *(Setting("blocks", {"attend": "all", "summaries": True, "keys": keys}) for keys in (128, 256, 512)),
+    Setting("blocks", {"attend": "all"}),
+    Setting("blocks", {"attend": "all", "rank": "mean", "size": 64}),
+    Setting("blocks", {}),
+    Setting("blocks", {"rank": "mean"}),
+    *(Setting("faiss", {"index": "IVF128,Flat", "nprobe": n}) for n in (4, 16)),
+    *(Setting("window", {"size": size}) for size in (128, 512, 1024)),
+    *(Setting("topk", {}, neighbors) for neighbors in (32, 128, 512)),
 ]
-ROUNDS = 3
-FIRST_QUERY, NEIGHBORS, WINDOW, TOKENS = 2048, 128, 16, 4
-COLUMNS = [
-    "source", "options", "keys_scored", "recall_at_32", "recall_beyond_window", "attention_mass", "output_error",
-    "output_error_p95", "times_dense", "sparse_ms", "dense_ms", "threads", "layers", "length", "queries", "version",
-    "commit", "torch",
-]  # fmt: skip
-
-
-def config_of(source: str, options: dict[str, Any]) -> SSAConfig:
-    mix = {"self": {}, "window": {"size": WINDOW}, "global": {"tokens": TOKENS}, source: options}
-    return SSAConfig(sources=mix, num_neighbors=NEIGHBORS + WINDOW + 1 + TOKENS)
 
 
 def time_all(layer: dict[str, Any]) -> list[dict[str, Any]]:
@@ -75,7 +98,7 @@ def time_all(layer: dict[str, Any]) -> list[dict[str, Any]]:
     q, k, v = (layer[name][None].float() for name in "qkv")
     options = {"is_causal": True, "enable_gqa": True, "scale": layer["scale"]}
     contestants = {
-        str(i): functools.partial(sparse_attention, q, k, v, config=config_of(*setting), **options)
+        str(i): functools.partial(sparse_attention, q, k, v, config=setting.config, **options)
         for i, setting in enumerate(SETTINGS)
     }
     contestants["dense"] = functools.partial(F.scaled_dot_product_attention, q, k, v, **options)
@@ -98,9 +121,8 @@ def time_all(layer: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def evaluate(source: str, options: dict[str, Any], layers: list[dict[str, Any]], sample: int) -> dict[str, Any]:
+def evaluate(setting: Setting, layers: list[dict[str, Any]], sample: int) -> dict[str, Any]:
     """Means over layers; queries are a seeded sample, the same for every setting."""
-    config = config_of(source, options)
     reports, scored = [], []
     for layer in layers:
         q, k, v = (layer[name][None].float() for name in "qkv")
@@ -108,21 +130,24 @@ def evaluate(source: str, options: dict[str, Any], layers: list[dict[str, Any]],
         generator = torch.Generator().manual_seed(0)
         rows = (torch.randperm(length - FIRST_QUERY, generator=generator)[:sample] + FIRST_QUERY).sort().values
         query = q[:, :, rows]
-        graph = build_graph(query, k, config=config, is_causal=True, query_positions=rows)
+        graph = build_graph(query, k, config=setting.config, is_causal=True, query_positions=rows)
         reports.append(measure(query, k, v, graph, sample=sample, scale=layer["scale"]))
-        scored.append(graph.keys_scored()[source])
+        scored.append(sum(graph.keys_scored().values()))
 
-    def mean(values: list[float]) -> str:
-        return f"{sum(values) / len(values):.4f}"
+    def mean(values: list[float], digits: int = 4) -> str:
+        return f"{sum(values) / len(values):.{digits}f}"
 
     return {
-        "source": source,
-        "options": json.dumps(options),
-        "keys_scored": f"{sum(scored) / len(scored):.0f}",
+        "source": setting.source,
+        "options": json.dumps(setting.options),
+        "neighbors": setting.neighbors,
+        "keys_scored": mean(scored, 0),
+        "keys_attended": mean([r.degree for r in reports], 0),
+        "summaries": mean([r.summaries for r in reports], 0),
         "recall_at_32": mean([r.recall for r in reports]),
         "recall_beyond_window": mean([r.recall_beyond or 0.0 for r in reports]),
         "attention_mass": mean([r.attention_mass for r in reports]),
-        "output_error": mean([r.output_error_total for r in reports]),
+        "output_error": mean([r.output_error for r in reports]),
         "output_error_p95": mean([r.output_error_p95 for r in reports]),
         "layers": len(layers),
         "length": length,
@@ -133,18 +158,59 @@ def evaluate(source: str, options: dict[str, Any], layers: list[dict[str, Any]],
     }
 
 
+GROUPS = {
+    "preset": ("presets", "#D55E00", "*"),
+    "clusters": ("clusters", "#CC79A7", "o"),
+    "blocks": ("blocks", "#56B4E9", "s"),
+    "lsh": ("lsh", "#009E73", "^"),
+    "faiss": ("faiss", "#0072B2", "v"),
+    "window": ("window", "#777777", "x"),
+    "topk": ("topk, exact", "#000000", "D"),
+}
+"""Label, colour of the palette of Okabe and Ito, marker."""
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Output error against what a query looks at, and against time; lower and further left is better."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for source, (label, color, marker) in GROUPS.items():
+        mine = [row for row in rows if row["source"] == source]
+        errors = [float(row["output_error"]) for row in mine]
+        looked = [max(int(r["keys_scored"]), int(r["keys_attended"])) + int(r["summaries"]) for r in mine]
+        times = [1.0 / float(row["times_dense"]) for row in mine]
+        size = 130 if source == "preset" else 32
+        for ax, x in zip(axes, (looked, times), strict=True):
+            ax.scatter(x, errors, s=size, c=color, marker=marker, label=label, zorder=3 if source == "preset" else 2)
+    for row in rows:
+        if row["source"] == "preset":
+            at = 1.0 / float(row["times_dense"]), float(row["output_error"])
+            axes[1].annotate(json.loads(row["options"])["name"], at, xytext=(8, 4), textcoords="offset points")
+    axes[0].set_xlabel("keys scored or attended, and summaries, per query")
+    axes[1].set_xlabel("time / time of dense attention")
+    axes[1].axvline(1.0, color="0.6", linewidth=1)
+    axes[0].set_ylabel("output error")
+    for ax in axes:
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+        ax.grid(which="both", alpha=0.25)
+    axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
 def main(
     tensors: Annotated[Path, typer.Argument(help="folder of *.pt files, one per layer")],
     out: Annotated[Path, typer.Option(help="CSV file")] = Path(__file__).parent / "results" / "routing_quality.csv",
+    picture: Annotated[Path | None, typer.Option(help="file of the picture; beside the CSV file if left out")] = None,
     sample: Annotated[int, typer.Option(help="queries per head")] = 128,
     threads: Annotated[int, typer.Option(help="threads")] = 1,
 ) -> None:
-    """Measure settings of `lsh`, `clusters` and `topk` on captured queries and keys."""
+    """Measure settings of all sources on captured queries and keys."""
     torch.set_num_threads(threads)
     layers = [torch.load(path, weights_only=True) for path in sorted(tensors.glob("*.pt"))]
     if not layers:
         raise typer.BadParameter(f"no *.pt files in {tensors}")
-    rows = [evaluate(*setting, layers, sample) for setting in track(SETTINGS, "measuring")]
+    rows = [evaluate(setting, layers, sample) for setting in track(SETTINGS, "measuring")]
     for row, times in zip(rows, time_all(layers[len(layers) // 2]), strict=True):
         row.update(times)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -152,11 +218,12 @@ def main(
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    table = Table(*COLUMNS[:9])
+    plot(rows, picture or out.with_suffix(".png"))
+    table = Table(*COLUMNS[:12])
     for row in rows:
         options = ", ".join(f"{name}={value}" for name, value in json.loads(row["options"]).items())
-        table.add_row(row["source"], options, *(str(row[name]) for name in COLUMNS[2:9]))
-    Console(width=180).print(table)
+        table.add_row(row["source"], options, *(str(row[name]) for name in COLUMNS[2:12]))
+    Console(width=190).print(table)
     print(f"written: {out}")
 
 

@@ -152,42 +152,47 @@ def _setting(row: Row) -> str:
 
 def routing_settings() -> str:
     def line(r: Row) -> list[str]:
+        keys = r["keys_scored"], r["keys_attended"], r["summaries"]
         shares = (f"{float(r[name]):.2f}" for name in ("recall_at_32", "recall_beyond_window", "attention_mass"))
         errors = (f"{float(r['output_error']):.3f}", f"{float(r['output_error_p95']):.2f}")
-        return [_setting(r), r["keys_scored"], *shares, *errors, r["times_dense"]]
+        return [_setting(r), r["neighbors"], *keys, *shares, *errors, r["times_dense"]]
 
-    head = ["routing", "keys scored", "recall@32", "beyond the window", "attention mass", "output error"]
-    return table([*head, "95 % below", "dense / sparse"], map(line, rows("routing_quality.csv")))
+    head = ["routing", "K", "keys scored", "attended", "summaries", "recall@32", "beyond the window", "attention mass"]
+    return table([*head, "output error", "95 % below", "dense / sparse"], map(line, rows("routing_quality.csv")))
 
 
-RECOMMENDED: list[tuple[str, str, dict[str, object]]] = [
-    ("`lsh`, the default", "lsh", {"candidates": 64}),
-    ("`lsh`, hyperplanes, 4 probes", "lsh", {"candidates": 128, "probes": 4}),
-    ("`lsh`, cross-polytope, 3 probes", "lsh", {"hash": "cross_polytope", "candidates": 128, "probes": 3}),
+RECOMMENDED: list[tuple[str, str, dict[str, object], int]] = [
+    ("`window` of 1,024", "window", {"size": 1024}, 128),
+    ("`lsh`, the default", "lsh", {"candidates": 64}, 128),
     (
         "`lsh`, cross-polytope, 12 rounds, 3 probes, `candidates=160, max_planes=7, limit=38`",
         "lsh",
         {"hash": "cross_polytope", "candidates": 160, "rounds": 12, "probes": 3, "max_planes": 7, "limit": 38},
+        128,
     ),
-    ("`clusters`, segments of 512, 16 keys a cluster", "clusters", {"segment": 512, "cluster": 16, "keys": 192}),
-    ("`clusters`, the default", "clusters", {}),
-    ("`topk`, exact", "topk", {}),
+    ("`blocks` of 16, the best 512 keys, all attended", "blocks", {"attend": "all"}, 128),
+    ("preset `fast`", "preset", {"name": "fast"}, 128),
+    ("preset `balanced`", "preset", {"name": "balanced"}, 128),
+    ("preset `quality`", "preset", {"name": "quality"}, 128),
+    ("`topk`, the exact best 128", "topk", {}, 128),
+    ("`topk`, the exact best 512", "topk", {}, 512),
 ]
 
 
 def routing_recommended() -> str:
     found = rows("routing_quality.csv")
 
-    def line(setting: tuple[str, str, dict[str, object]]) -> list[str]:
-        name, source, options = setting
-        r = next(r for r in found if r["source"] == source and json.loads(r["options"]) == options)
+    def line(setting: tuple[str, str, dict[str, object], int]) -> list[str]:
+        name, source, options, neighbors = setting
+        wanted = source, options, str(neighbors)
+        r = next(r for r in found if (r["source"], json.loads(r["options"]), r["neighbors"]) == wanted)
         return [
-            name, r["keys_scored"], f"{float(r['recall_at_32']):.2f}", f"{float(r['attention_mass']):.2f}",
-            f"{float(r['output_error']):.3f}", r["times_dense"],
+            name, r["keys_scored"], r["keys_attended"], r["summaries"], f"{float(r['recall_at_32']):.2f}",
+            f"{float(r['attention_mass']):.2f}", f"{float(r['output_error']):.3f}", r["times_dense"],
         ]  # fmt: skip
 
-    head = ["routing", "keys scored", "recall@32", "attention mass", "output error", "dense / sparse, causal"]
-    return table(head, map(line, RECOMMENDED))
+    head = ["routing", "keys scored", "attended", "summaries", "recall@32", "attention mass", "output error"]
+    return table([*head, "dense / sparse, causal"], map(line, RECOMMENDED))
 
 
 def recall_gaussian() -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ssa_framework.errors import ConfigError
+from ssa_framework.presets import PRESETS, preset_sources
 
 _FLAT_SOURCE_FIELDS = (
     "max_num_hashes",
@@ -125,6 +126,24 @@ class SSAConfig:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} has no effect beside sources; write it as an option of the source"
                 )
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> SSAConfig:
+        """A configuration that was chosen by measurement: ``"quality"``, ``"balanced"`` or ``"fast"``.
+
+        All of them route by clusters with summaries, attend to the first four tokens, and compute densely where that
+        is faster (``dense_below="auto"``). They differ in how many keys a query looks at.
+
+        Args:
+            name: of the preset. changes: fields that are not of the preset, such as ``d_model`` and ``causal``, or
+                other values for those that are.
+
+        Raises:
+            ConfigError: no preset of that name, and whatever `validate` finds.
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        return cls(**({"sources": preset_sources(name), "dense_below": "auto"} | changes))
 
     @property
     def head_dim(self) -> int:

@@ -206,9 +206,7 @@ class NeighborGraph:
             slices = replace(slices, start=slices.start[:, :, rows], end=slices.end[:, :, rows])
         if summaries is not None:
             opened = None if summaries.opened is None else summaries.opened[:, :, rows]
-            summaries = replace(
-                summaries, first=summaries.first[:, rows], stop=summaries.stop[:, rows], opened=opened
-            )
+            summaries = replace(summaries, first=summaries.first[:, rows], stop=summaries.stop[:, rows], opened=opened)
         neighbors = self.neighbors[:, :, rows] if self.neighbors is not None else None
         return replace(self, mask=mask, neighbors=neighbors, spans=spans, slices=slices, summaries=summaries)
 

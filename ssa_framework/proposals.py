@@ -207,8 +207,19 @@ def validate_proposals(
     several = list(proposed) if isinstance(proposed, (list, tuple)) else [proposed]
     if not several:
         raise ProposalError(f"source {source!r}: propose() must return at least one proposal, got an empty sequence")
-    sizes = {"batch": batch, "graph_heads": graph_heads, "queries": queries, "keys": keys, "device": device}
-    return [_validate(proposal, source, kv_heads=kv_heads, **sizes) for proposal in several]
+    return [
+        _validate(
+            proposal,
+            source,
+            batch=batch,
+            graph_heads=graph_heads,
+            kv_heads=kv_heads,
+            queries=queries,
+            keys=keys,
+            device=device,
+        )
+        for proposal in several
+    ]
 
 
 def _validate(

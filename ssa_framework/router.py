@@ -263,7 +263,8 @@ class Router(nn.Module):
         """The source that proposes every key, where they all fit: the graph then holds every allowed key."""
         for name, proposal in collected:
             if isinstance(proposal, Ranges) and proposal.is_everything:
-                if proposal.attend == "all" or self.layer.num_neighbors >= keys:
+                fits = proposal.attend == "all" or self.layer.num_neighbors >= keys
+                if fits:
                     return name
         return None
 

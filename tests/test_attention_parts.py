@@ -18,7 +18,9 @@ OPTIONS = {"scale": 0.4, "dropout_p": 0.0, "seed": 0}
 def slices_of(order: Tensor, heads: int, queries: int, per_query: int, batch: int = 2) -> tuple[Tensor, Tensor]:
     """Random disjoint slices of an order that is cut at random places; some are empty."""
     length = order.shape[-1]
-    cuts = torch.cat([torch.zeros(1), torch.randperm(length - 1)[: length // 5].sort().values + 1, torch.tensor([length])])
+    cuts = torch.cat(
+        [torch.zeros(1), torch.randperm(length - 1)[: length // 5].sort().values + 1, torch.tensor([length])]
+    )
     start, end = cuts[:-1].int(), cuts[1:].int()
     chosen = torch.rand(batch, heads, queries, start.numel()).argsort(-1)[..., :per_query]
     start, end = start[chosen], end[chosen]
@@ -188,7 +190,9 @@ def test_one_query_with_nothing_and_no_summary_at_all(implementation: str) -> No
     nothing = torch.zeros((1, 5), dtype=torch.int32)
     parts = GraphParts(span_start=nothing, span_end=nothing, **summaries_of((2, 2), 0, 5, (4, 4), torch.float64))
     out, lse, *grads = check(implementation, q, k, v, parts)
-    assert not out.any() and (lse == -torch.inf).all() and not any(g.any() for g in grads)
+    assert not out.any()
+    assert (lse == -torch.inf).all()
+    assert not any(g.any() for g in grads)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -182,8 +182,9 @@ def test_the_op_is_a_proper_torch_op(backend: str) -> None:
         ((_, parts),) = _parts_in_rows(graph, k, v)
         assert (parts.neighbors is not None) == (name == "lists")
         assert (parts.summary_k is not None) == (name == "summaries")
+        made = [None if x is None else x.detach().requires_grad_() for x in (parts.summary_k, parts.summary_v)]
         arguments = (
-            q, k, v, parts.bias, parts.summary_k, parts.summary_v, *parts.structure,
+            q, k, v, parts.bias, *made, *parts.structure,
             [parts.band_before, parts.band_after], 0, True, 0.35, 0.0, 0, False, backend,
         )  # fmt: skip
         results = torch.library.opcheck(neighbor_attention_op, arguments)

@@ -427,7 +427,7 @@ def test_a_source_that_serves_what_it_claims_to_refuse_fails() -> None:
         pytest.param(OutOfRange, r"Candidates\.indices must lie in \[-1, 62\], got values in \[63, 63\]", id="range"),
         pytest.param(WrongDtype, r"Candidates\.indices must be int32 .* got torch\.float32", id="dtype"),
         pytest.param(WrongShape, r"Candidates\.indices must have shape .* got \[63, 2\]", id="shape"),
-        pytest.param(NotAProposal, r"must return Band, Columns, Spans, Candidates, Ranges or Summaries, or several of them, got NoneType", id="kind"),
+        pytest.param(NotAProposal, r"must return Band, Columns, Spans, .* several of them, got NoneType", id="kind"),
         pytest.param(Empty, r"source 'broken' proposes nothing", id="empty"),
         pytest.param(SortsByAllKeys, r"changing tokens from \d+ on changes the neighbors of others", id="leak"),
         pytest.param(GlobalRandomness, r"the same seed gives two graphs", id="nondeterministic"),

@@ -4,7 +4,14 @@ Needs pytest (extra ``test``).
 """
 
 from ssa_framework.testing.contract import SourceContract
-from ssa_framework.testing.inputs import AttentionInputs, dense_attention, graph_attention, make_inputs, packed_ids, padding_mask
+from ssa_framework.testing.inputs import (
+    AttentionInputs,
+    dense_attention,
+    graph_attention,
+    make_inputs,
+    packed_ids,
+    padding_mask,
+)
 
 __all__ = [
     "AttentionInputs",

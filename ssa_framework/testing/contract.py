@@ -33,8 +33,8 @@ class SourceContract:
         source: the registered name. options: the options of the source.
         num_neighbors: the budget.
         unsupported: what the source refuses with a `ConfigError`, which is then part of the contract: any of
-            ``"causal"``, ``"cross"``, ``"kv"`` (a graph shared by a KV group). Sources that set ``needs_positions``
-            sit out cross-attention without saying so here.
+            ``"causal"``, ``"full"`` (not causal), ``"cross"``, ``"padded"``, ``"packed"``, ``"kv"`` (a graph shared by
+            a KV group). Sources that set ``needs_positions`` sit out cross-attention without saying so here.
         registry: where the name is looked up; the default registry if ``None``.
     """
 
@@ -88,7 +88,14 @@ class SourceContract:
 
     def refuses(self, inputs: AttentionInputs, **config: Any) -> bool:
         """Whether the source cannot serve these inputs. It then says so with a `ConfigError`, which this checks."""
-        needs = {"causal": inputs.causal, "cross": inputs.cross, "kv": config.get("graph_heads") == "kv"}
+        needs = {
+            "causal": inputs.causal,
+            "full": not inputs.causal,
+            "cross": inputs.cross,
+            "padded": inputs.key_padding_mask is not None,
+            "packed": inputs.segment_ids is not None,
+            "kv": config.get("graph_heads") == "kv",
+        }
         refused = {name for name in self.unsupported if needs[name]}
         if inputs.cross and self.source_class().needs_positions:
             refused.add("cross")

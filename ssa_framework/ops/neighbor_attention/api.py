@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -231,14 +231,14 @@ def _parts_in_rows(graph: NeighborGraph, k: Tensor, v: Tensor) -> list[tuple[sli
     return pieces
 
 
-def _slice_parts(slices: Ranges | None) -> dict[str, Tensor]:
+def _slice_parts(slices: Ranges | None) -> dict[str, Any]:
     if slices is None or slices.order is None or slices.start is None or slices.end is None:
         return {}
     start, end = slices.start[:, :, :, 0], slices.end[:, :, :, 0]
     return {"slice_order": slices.order[:, :, 0], "slice_start": start, "slice_end": end}
 
 
-def _summary_parts(summaries: Summaries | None, k: Tensor, v: Tensor) -> dict[str, Tensor | None]:
+def _summary_parts(summaries: Summaries | None, k: Tensor, v: Tensor) -> dict[str, Any]:
     if summaries is None:
         return {}
     summary_k, summary_v, log_weight = summarize_keys(k, v, summaries.members, summaries.count)
@@ -246,7 +246,7 @@ def _summary_parts(summaries: Summaries | None, k: Tensor, v: Tensor) -> dict[st
     return made | _seen(summaries)
 
 
-def _seen(summaries: Summaries) -> dict[str, Tensor | None]:
+def _seen(summaries: Summaries) -> dict[str, Any]:
     return {
         "summary_first": summaries.first,
         "summary_stop": summaries.stop,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -207,7 +208,8 @@ class GraphParts:
             return x[batch] if x is not None and x.shape[0] > 1 else x
 
         names = [name for name in (*STRUCTURE, "bias", "summary_k", "summary_v") if name != "columns"]
-        return replace(self, **{name: pick(getattr(self, name)) for name in names})
+        picked: dict[str, Any] = {name: pick(getattr(self, name)) for name in names}
+        return replace(self, **picked)
 
 
 def look_up(table: Tensor, keys: Tensor) -> Tensor:

@@ -154,9 +154,7 @@ def _key_tiles(parts: GraphParts, positions: Tensor, rows: slice, keys: int) -> 
         yield _Tile(numbers, numbers.numel()), parts.restrict(allowed, rows, numbers)
 
 
-def _lists(
-    parts: GraphParts, positions: Tensor, rows: slice, keys: int
-) -> tuple[Tensor | None, Tensor | None]:
+def _lists(parts: GraphParts, positions: Tensor, rows: slice, keys: int) -> tuple[Tensor | None, Tensor | None]:
     """Lists and slices of some rows as one list, and the bias of it."""
     listed = None if parts.neighbors is None else parts.neighbors[:, :, rows]
     bias = None if parts.bias is None else parts.bias[:, :, rows]
@@ -350,9 +348,10 @@ def backward(
             if part.bias is not None:
                 _add_bias_grad(grad_bias, list_scores[..., : part.bias.shape[-1]], b, rows)
         grad_q[b, :, rows] = (d_query * scale).flatten(1, 2).to(q.dtype)
-    assert grad_k.summaries is not None and grad_v.summaries is not None
-    summaries = grad_k.summaries, grad_v.summaries
-    return grad_q, grad_k.rows.to(k.dtype), grad_v.rows.to(v.dtype), grad_bias, *summaries
+    assert grad_k.summaries is not None
+    assert grad_v.summaries is not None
+    rows = grad_k.rows.to(k.dtype), grad_v.rows.to(v.dtype)
+    return grad_q, *rows, grad_bias, grad_k.summaries, grad_v.summaries
 
 
 def _tile_grad(weights: Tensor, rows: Tensor) -> Tensor:

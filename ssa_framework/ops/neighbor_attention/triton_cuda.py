@@ -208,9 +208,10 @@ def backward(
     """Gradients ``(q, k, v, bias, summary_k, summary_v)``; the last three are empty, since they are not served."""
     call = _prepare(q, k, v, parts)
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    none = [torch.empty((), dtype=torch.float32, device=q.device) for _ in range(3)]
+    none = torch.empty((), dtype=torch.float32, device=q.device)
+    absent = none, none.clone(), none.clone()
     if not q.numel():
-        return grad_q.zero_(), grad_k.zero_(), grad_v.zero_(), *none
+        return grad_q.zero_(), grad_k.zero_(), grad_v.zero_(), *absent
     batch, heads, queries, _ = q.shape
     statistics = torch.empty((*q.shape[:3], 2), dtype=torch.float32, device=q.device)
     query_gradient_kernel[(queries, heads // call.share, batch)](
@@ -220,7 +221,7 @@ def backward(
     )  # fmt: skip
     if k.shape[2]:
         _key_gradients(call, grad_out, q, k, v, statistics, grad_k, grad_v, parts, scale)
-    return grad_q, grad_k, grad_v, *none
+    return grad_q, grad_k, grad_v, *absent
 
 
 def _key_gradients(

@@ -1,0 +1,1 @@
+"""Sparse attention inside other libraries; each subpackage needs the extra of its name."""

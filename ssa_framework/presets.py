@@ -1,0 +1,22 @@
+"""Configurations to start from, chosen by measurement (see the page "Choosing sources" of the documentation)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "quality": {"levels": [[512, 16], [2048, 32]], "keys": 384},
+    "balanced": {"levels": [[512, 16], [2048, 32]], "keys": 256},
+    "fast": {"levels": [[256, 8], [2048, 32]], "keys": 96},
+}
+"""Options of the ``clusters`` source, which each preset joins with the first four tokens: those hold much of the
+attention of trained models, whatever the query (Xiao et al., StreamingLLM, 2023)."""
+
+LEADING_TOKENS = 4
+
+
+def preset_sources(name: str) -> dict[str, dict[str, Any]]:
+    """The source mix of a preset; `KeyError` for a name that is none."""
+    return {"global": {"tokens": LEADING_TOKENS}, "clusters": copy.deepcopy(dict(PRESETS[name]))}
