@@ -393,7 +393,7 @@ def test_files_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--mix", "sead"], "lsh-thorough, clusters, topk, window), nor a JSON object of sources"),
+        (["--mix", "sead"], "lsh-thorough, quality, balanced, fast, topk, window), nor a JSON object of sources"),
         (["--mix", '{"window": '], "is not JSON"),
         (["--mix", '{"window": 3}'], "must map option names to values"),
         (["--mix", '{"windo": {}}'], "unknown source 'windo'"),

@@ -23,6 +23,7 @@ from rich.text import Text
 
 from ssa_framework.config import SSAConfig
 from ssa_framework.errors import SSAError
+from ssa_framework.presets import PRESETS
 from ssa_framework.quality.bench import BenchCase, BenchRow, run_case, write_csv
 
 _FIXED: dict[str, dict[str, Any]] = {"self": {}, "window": {"size": 8}, "global": {"tokens": 2}}
@@ -31,12 +32,12 @@ MIXES: dict[str, SSAConfig] = {
     "seed": SSAConfig(),
     "lsh-cross-polytope": SSAConfig(sources={**_FIXED, "lsh": {"hash": "cross_polytope"}}),
     "lsh-thorough": SSAConfig(sources={"self": {}, "window": {"size": 16}, "global": {"tokens": 4}, "lsh": _THOROUGH}),
-    "clusters": SSAConfig(sources={"self": {}, "window": {"size": 16}, "global": {"tokens": 4}, "clusters": {}}),
+    **{name: SSAConfig.preset(name) for name in PRESETS},
     "topk": SSAConfig(sources={"topk": {}}),
     "window": SSAConfig(sources={"self": {}, "window": {"size": 63}}),
 }
 """Built-in mixes by name: the original project's default, the same with the better hash, the settings that find most
-on a real model for about 1,000 keys scored by hashing, k-means clusters, exact search, and no content."""
+on a real model for about 1,000 keys scored by hashing, the presets, exact search, and no content."""
 
 CSV_NAME, PLOT_NAME = "bench.csv", "bench.png"
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito, 2008
