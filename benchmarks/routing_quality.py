@@ -73,7 +73,7 @@ LSH: list[dict[str, Any]] = [
     *({**CROSS, "candidates": 160, "rounds": r, "probes": 3, "max_planes": 7, "limit": 38} for r in (4, 8, 12, 16)),
     *({**CROSS, "candidates": 160, "rounds": 16, "probes": 2, "max_planes": 7, "limit": n} for n in (16, 24, 36, 72)),
 ]
-ONE_LEVEL: list[tuple[int, int, int]] = [(512, 16, 128), (512, 16, 192), (512, 16, 384), (1024, 32, 256)]
+ONE_LEVEL: list[tuple[int, int, int]] = [(256, 8, 192), (512, 16, 192), (512, 16, 384), (1024, 32, 256)]
 SETTINGS: list[Setting] = [
     *(Setting("lsh", options) for options in LSH),
     *(Setting("preset", {"name": name}) for name in PRESETS),
@@ -147,7 +147,7 @@ def evaluate(setting: Setting, layers: list[dict[str, Any]], sample: int) -> dic
         "recall_at_32": mean([r.recall for r in reports]),
         "recall_beyond_window": mean([r.recall_beyond or 0.0 for r in reports]),
         "attention_mass": mean([r.attention_mass for r in reports]),
-        "output_error": mean([r.output_error for r in reports]),
+        "output_error": mean([r.output_error_total for r in reports]),
         "output_error_p95": mean([r.output_error_p95 for r in reports]),
         "layers": len(layers),
         "length": length,

@@ -19,7 +19,7 @@ import typer
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/benchmarks.md", "docs/measurements.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/choosing.md", "docs/measurements.md")
 Row = dict[str, str]
 
 
@@ -45,22 +45,37 @@ def ratio(row: Row) -> str:
     return number(row["ratio"]) + (" (dense)" if row["computed_densely"] == "True" else "")
 
 
-def cpu_summary() -> str:
+def summary(*files: str, by_mix: bool = False) -> str:
+    """Ratios over the length, a line for each pass (and mix)."""
     found = {
-        (r["mode"], r["causal"], int(r["length"])): ratio(r)
-        for name in ("cpu_seed_mix.csv", "cpu_seed_mix_32768.csv")
+        (r["mix"] if by_mix else "", r["mode"], r["causal"], int(r["length"])): ratio(r)
+        for name in files
         for r in rows(name)
     }
-    lengths = sorted({key[2] for key in found})
-    passes = [
-        (mode, causal, mode.replace("+", " + ") + (", causal" if causal == "True" else ""))
+    lengths = sorted({key[3] for key in found})
+    lines = [
+        (mix, mode, causal)
+        for mix in dict.fromkeys(key[0] for key in found)
         for mode in ("forward", "forward+backward")
         for causal in ("False", "True")
+        if any(key[:3] == (mix, mode, causal) for key in found)
     ]
-    return table(
-        ["dense time / sparse time", *(f"N = {n:,}" for n in lengths)],
-        ([name, *(found.get((mode, causal, n), "not run") for n in lengths)] for mode, causal, name in passes),
-    )
+
+    def line(mix: str, mode: str, causal: str) -> list[str]:
+        name = mode.replace("+", " + ") + (", causal" if causal == "True" else "")
+        ratios = [found.get((mix, mode, causal, n), "not run") for n in lengths]
+        return [*([f"`{mix}`"] if by_mix else []), name, *ratios]
+
+    head = [*(["preset"] if by_mix else []), "dense time / sparse time", *(f"N = {n:,}" for n in lengths)]
+    return table(head, (line(*key) for key in lines))
+
+
+def cpu_summary() -> str:
+    return summary("cpu_seed_mix.csv", "cpu_seed_mix_32768.csv")
+
+
+def cpu_presets() -> str:
+    return summary("cpu_presets.csv", "cpu_presets_32768.csv", "cpu_presets_131072.csv", by_mix=True)
 
 
 def timing(name: str, *, mix: bool = False, unit: str = "ms") -> str:
@@ -221,10 +236,35 @@ def recall_model() -> str:
     return table([*head, "attention mass", "output error"], map(line, chosen))
 
 
+def cluster_levels() -> str:
+    def line(r: Row) -> list[str]:
+        graph, attend = float(r["graph_ms"]), float(r["attend_ms"])
+        levels = ", ".join(f"{segment:,} / {cluster}" for segment, cluster in json.loads(r["levels"]))
+        times = (number(str(x)) for x in (graph, attend, graph + attend))
+        return [f"{int(r['length']):,}", levels, *times, r["keys_attended"], r["summaries"]]
+
+    head = ["N", "levels: segment / keys per cluster", "routing, ms", "attention, ms", "both, ms"]
+    return table([*head, "keys attended", "summaries"], map(line, rows("cluster_levels.csv")))
+
+
+def perplexity() -> str:
+    def line(r: Row) -> list[str]:
+        name = r["mix"] if r["dense_layers"] == "none" else f"{r['mix']}, layer {r['dense_layers']} dense"
+        return [
+            f"{int(r['length']):,}", r["text"], name, f"{float(r['attended_percent']):.0f} %", r["perplexity"],
+            r["dense_perplexity"], f"{r['change_percent']} %",
+        ]  # fmt: skip
+
+    head = ["context", "text", "routing", "keys attended", "perplexity", "dense", "change"]
+    return table(head, map(line, rows("perplexity.csv")))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cpu-summary": cpu_summary,
     "cpu-seed-mix": lambda: timing("cpu_seed_mix.csv"),
     "cpu-seed-mix-32768": lambda: timing("cpu_seed_mix_32768.csv", unit="s"),
+    "cpu-presets": cpu_presets,
+    "cpu-presets-timing": lambda: timing("cpu_presets.csv", mix=True),
     "cpu-two-threads": lambda: timing("cpu_seed_mix_2_threads.csv"),
     "cpu-other-mixes": lambda: timing("cpu_other_mixes.csv", mix=True),
     "cpu-memory": memory,
@@ -232,6 +272,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-summary": gpu_summary,
     "routing-settings": routing_settings,
     "routing-recommended": routing_recommended,
+    "cluster-levels": cluster_levels,
+    "perplexity": perplexity,
     "recall-gaussian": recall_gaussian,
     "recall-model": recall_model,
 }

@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from ssa_framework.attention import SparseAttention, build_graph, sparse_attention
+from ssa_framework.cache import LayerCache, SSACache
 from ssa_framework.config import SSAConfig
 from ssa_framework.convert import convert
 from ssa_framework.errors import SSAError
@@ -25,7 +26,9 @@ except PackageNotFoundError:  # running from a checkout that is not installed
 
 __all__ = [
     "CachedGraphSparseTransformer",
+    "LayerCache",
     "NeighborGraph",
+    "SSACache",
     "SSAConfig",
     "SSAError",
     "SourceRegistry",

@@ -6,13 +6,16 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ssa_framework.cache import LayerCache
 from ssa_framework.config import SSAConfig
-from ssa_framework.errors import ConfigError, GraphError, MaskError, ShapeError
+from ssa_framework.decoding import attend_cached
+from ssa_framework.errors import CacheError, ConfigError, GraphError, MaskError, ShapeError
 from ssa_framework.graph import NeighborGraph
 from ssa_framework.masks import MaskMod, make_edge_mask
 from ssa_framework.ops.neighbor_attention import neighbor_attention
@@ -138,6 +141,7 @@ def sparse_attention(
     *,
     config: SSAConfig | None = None,
     graph: NeighborGraph | None = None,
+    cache: LayerCache | None = None,
     **graph_options: Any,
 ) -> Tensor:
     """Attention over a neighbor graph, called like `torch.nn.functional.scaled_dot_product_attention`.
@@ -152,7 +156,10 @@ def sparse_attention(
         enable_gqa: allow fewer key/value heads than query heads.
         config: see `build_graph`; also says ``backend``, ``dense_below`` and ``fp32_attn_weights``.
         graph: apply this graph instead of building one.
-        graph_options: everything else that `build_graph` takes.
+        cache: query, key and value are those of new tokens: append them, and attend to everything that is cached.
+            Attention must be causal, and collects no gradients; one cache serves one layer with one configuration.
+        graph_options: everything else that `build_graph` takes; with a cache only ``key_padding_mask``, of the new
+            tokens, ``source_inputs`` and ``registry``.
 
     Returns:
         ``[B, H, N, Dv]`` in the dtype of ``query``; zeros for a query that may attend nothing. Differentiable to
@@ -173,6 +180,18 @@ def sparse_attention(
         raise ShapeError(
             f"query has {query.shape[1]} heads, key has {key.shape[1]}; pass enable_gqa=True for grouped queries"
         )
+    if cache is not None:
+        options = _cache_options(graph, attn_mask, graph_options)
+        router = cache.owner
+        if router is None:
+            causal = is_causal or config.causal
+            router = _functional_router(config, query, key, causal, graph_options.get("registry"))
+            cache.config = copy(config)
+        elif cache.config != config:
+            raise CacheError("this cache was filled with another configuration; reset() it, or use another cache")
+        return attend_cached(
+            router, cache, query, key, value, scale=scale, fp32_weights=config.fp32_attn_weights, **options
+        )[0]
     if graph is None:
         causal = is_causal or config.causal
         graph = build_graph(query, key, config=config, is_causal=causal, attn_mask=attn_mask, **graph_options)
@@ -190,6 +209,21 @@ def sparse_attention(
         dense=config.dense_below != 0,
     )
     return out
+
+
+def _cache_options(
+    graph: NeighborGraph | None, attn_mask: Tensor | None, graph_options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `attend_cached` takes; raises `CacheError` for what a cache cannot honour."""
+    refused = [*(["graph"] if graph is not None else []), *(["an attention mask"] if attn_mask is not None else [])]
+    known = ("key_padding_mask", "source_inputs", "registry")
+    refused += [name for name, given in graph_options.items() if given is not None and name not in known]
+    if refused:
+        raise CacheError(
+            f"with a cache there can be no {', '.join(refused)}: attention is causal, and key_padding_mask [B, N] says "
+            f"which of the new tokens are none"
+        )
+    return {"key_keep": graph_options.get("key_padding_mask"), "source_inputs": graph_options.get("source_inputs")}
 
 
 def check_given_graph(
@@ -305,6 +339,7 @@ class SparseAttention(nn.Module):
         return_stats: bool = False,
         *,
         graph: NeighborGraph | None = None,
+        cache: LayerCache | None = None,
         **graph_options: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Attend.
@@ -314,6 +349,9 @@ class SparseAttention(nn.Module):
             attention_mask: bool (True = attend) or additive, ``[B, M]``, ``[N, M]`` or ``[B, 1 or H, N, M]``.
             return_stats: fill the second result (see `graph_stats`).
             graph: apply this graph instead of routing.
+            cache: ``x`` are new tokens: append their keys and values, and attend to everything that is cached. Their
+                positions go on from ``cache.length``; a mask can only be ``key_padding_mask`` (or a two-dimensional
+                boolean ``attention_mask``) of the new tokens. No gradients, no dropout.
             graph_options: ``key_padding_mask``, ``segment_ids``, ``mask_mod``, ``source_inputs``; see `build_graph`.
 
         Returns:
@@ -324,6 +362,8 @@ class SparseAttention(nn.Module):
             self._check_input("key_value", key_value)
             if key_value.shape[0] != x.shape[0]:
                 raise ShapeError(f"batch sizes differ: x {x.shape[0]}, key_value {key_value.shape[0]}")
+        if cache is not None:
+            return self._decode(x, key_value, attention_mask, return_stats, graph, cache, graph_options)
         q, k, v = self.project(x, key_value)
         if graph is None:
             graph = self.build_graph(q, k, cross=key_value is not None, attention_mask=attention_mask, **graph_options)
@@ -332,6 +372,31 @@ class SparseAttention(nn.Module):
             check_graph(q, k, graph)
         out = self.Wo(self.apply_graph(q, k, v, graph).transpose(1, 2).flatten(2))
         return out, graph_stats(graph, self.config.head_dim) if return_stats else {}
+
+    def _decode(
+        self,
+        x: Tensor,
+        key_value: Tensor | None,
+        attention_mask: Tensor | None,
+        return_stats: bool,
+        graph: NeighborGraph | None,
+        cache: LayerCache,
+        graph_options: dict[str, Any],
+    ) -> tuple[Tensor, dict[str, Any]]:
+        if key_value is not None:
+            raise CacheError("cross-attention has no cache: its keys and values are the same in every step")
+        if attention_mask is not None and attention_mask.dtype == torch.bool and attention_mask.shape == x.shape[:2]:
+            if graph_options.get("key_padding_mask") is not None:
+                attention_mask = attention_mask & graph_options["key_padding_mask"]
+            graph_options, attention_mask = {**graph_options, "key_padding_mask": attention_mask}, None
+        options = _cache_options(graph, attention_mask, graph_options)
+        positions = torch.arange(cache.length, cache.length + x.shape[1], device=x.device)
+        q, k, v = self.project(x, positions=positions)
+        attended, routed = attend_cached(
+            self.router, cache, q, k, v, fp32_weights=self.config.fp32_attn_weights, **options
+        )
+        stats = graph_stats(routed, self.config.head_dim) if return_stats and routed is not None else {}
+        return self.Wo(attended.transpose(1, 2).flatten(2)), stats
 
     def _check_input(self, name: str, x: Tensor) -> None:
         if x.dim() != 3 or x.shape[-1] != self.config.d_model:

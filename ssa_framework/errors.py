@@ -58,6 +58,10 @@ class GraphError(SSAError, ValueError):
     """A neighbor graph that breaks its own invariants, or that does not fit the tensors it is applied to."""
 
 
+class CacheError(SSAError, ValueError):
+    """A cache that does not fit what is appended to it, or that is used in a way that it does not serve."""
+
+
 class BackendUnavailableError(SSAError, RuntimeError, ValueError):
     """The backend that was asked for by name cannot serve this call."""
 

@@ -337,6 +337,9 @@ class NeighborGraph:
     def _filled_summaries(self) -> Tensor:
         """Which summaries have keys of each level, bool ``[B or 1, Hkv or 1, R, C]``."""
         assert self.summaries is not None
+        if self.summaries.made is not None:
+            filled = self.summaries.made[2] > float("-inf")
+            return filled[:, :, None].expand(-1, -1, self.summaries.levels, -1)
         return mark(self.summaries.members, self.summaries.count)
 
     # -- views ---------------------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "quality": {"levels": [[512, 16], [2048, 32]], "keys": 384},
-    "balanced": {"levels": [[512, 16], [2048, 32]], "keys": 256},
-    "fast": {"levels": [[256, 8], [2048, 32]], "keys": 96},
+    "quality": {"levels": [[512, 16], [2048, 32], [8192, 64]], "keys": 384},
+    "balanced": {"levels": [[256, 8], [2048, 32], [8192, 64]], "keys": 192},
+    "fast": {"levels": [[512, 16], [2048, 32], [8192, 64]], "keys": 128},
 }
 """Options of the ``clusters`` source, which each preset joins with the first four tokens: those hold much of the
 attention of trained models, whatever the query (Xiao et al., StreamingLLM, 2023)."""

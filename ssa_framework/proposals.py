@@ -38,11 +38,16 @@ class Band:
 class Columns:
     """Key positions that every query attends, in any order, duplicates allowed.
 
-    ``positions``: integers, or an integer tensor ``[C]``. A router on a GPU has to wait for the device to read a
-    tensor; integers cost nothing.
+    Attributes:
+        positions: integers, or an integer tensor ``[C]``. A router on a GPU has to wait for the device to read a
+            tensor; integers cost nothing.
+        slots: how many slots of the budget they take, where that is more than they are: a source that waits for
+            positions to be reached counts them from the beginning, so that the other neighbors of a query do not
+            depend on what comes later.
     """
 
     positions: Sequence[int] | Tensor
+    slots: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,8 @@ class Ranges:
     """Slices of sorted key orders: hash buckets, clusters, blocks.
 
     Attributes:
-        order: int32 ``[B or 1, G or 1, S, L]``: S orders of the keys (L = M for a permutation; an order may leave
-            keys out). Within a slice keys come in increasing position. ``None`` is the identity order (S = 1).
+        order: int32 ``[B or 1, G or Hkv or 1, S, L]``: S orders of the keys (L = M for a permutation; an order may
+            leave keys out). Within a slice keys come in increasing position. ``None`` is the identity order (S = 1).
         start, end: int32 ``[B or 1, G or 1, N or 1, S, P]``: for each query, P slices ``[start, end)`` of each
             order; ``start == end`` is an empty slice. ``None`` for both is one slice that holds everything.
         attend: ``"topk"``: the router keeps the keys with the highest exact ``q·k`` of all slices. ``"all"``: every
@@ -128,6 +133,10 @@ class Summaries:
         count: C, how many there are in all; one without keys is not attended.
         first, stop: int32 ``[B or 1, N, R]``.
         opened: int32 ``[B or 1, G or 1, N, P]``: -1 = none; ``None``: no query opens any.
+        made: means of keys ``[B, Hkv, C, D]``, means of values ``[B, Hkv, C, Dv]`` and logarithms of sizes
+            ``[B, Hkv, C]``, where a cache has them; for inference only, since nothing flows through them. A source
+            leaves it out. In return, a source that keeps a state must not change the members of a summary that some
+            query has seen, nor its number as long as ``count`` is the same.
     """
 
     members: Tensor
@@ -135,10 +144,33 @@ class Summaries:
     first: Tensor
     stop: Tensor
     opened: Tensor | None = None
+    made: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def levels(self) -> int:
         return self.members.shape[2]
+
+
+_SMALL = 4096
+
+
+class KnownTensors:
+    """Index tensors that were found in bounds before: what a source keeps in a cache is looked at once, not in every
+    step."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[Tensor, int]] = {}
+
+    def unchecked(self, tensor: Tensor, what: str) -> Tensor:
+        """The part of ``tensor`` along its last axis that was not looked at yet."""
+        known = self._known.get(what)
+        # the tensor that is kept here holds its memory, so no other can have its address
+        self._known[what] = (tensor, tensor._version)
+        if known is None or known[1] != tensor._version or known[0].data_ptr() != tensor.data_ptr():
+            return tensor
+        same = known[0].shape[:-1] == tensor.shape[:-1] and known[0].stride() == tensor.stride()
+        length = known[0].shape[-1]
+        return tensor[..., length:] if same and length <= tensor.shape[-1] else tensor
 
 
 Proposal: TypeAlias = Band | Columns | Spans | Candidates | Ranges | Summaries
@@ -171,9 +203,17 @@ def require(holds: Tensor, message: Callable[[], str]) -> None:
         raise ProposalError(message())
 
 
-def _check_bounds(tensor: Tensor, low: int, high: int, what: str, source: str) -> None:
+def _check_bounds(
+    tensor: Tensor, low: int, high: int, what: str, source: str, known: KnownTensors | None = None
+) -> None:
+    if known is not None:
+        tensor = known.unchecked(tensor, what)
     if tensor.numel() == 0:
         return
+    if tensor.numel() <= _SMALL and tensor.device.type == "cpu":  # NumPy starts faster, which a decode step is full of
+        numbers = tensor.numpy()
+        if low <= numbers.min() and numbers.max() <= high:
+            return
     smallest, largest = torch.aminmax(tensor)
     require(
         (smallest >= low) & (largest <= high),
@@ -198,8 +238,11 @@ def validate_proposals(
     queries: int,
     keys: int,
     device: torch.device,
+    known: KnownTensors | None = None,
 ) -> list[Proposal]:
     """What ``propose`` returned, one proposal or several, as a list; with int32 indices.
+
+    ``known``: what orders and members need not be looked at again, since the source keeps them in a cache.
 
     Raises:
         ProposalError: says what was expected and what came.
@@ -217,6 +260,7 @@ def validate_proposals(
             queries=queries,
             keys=keys,
             device=device,
+            known=known,
         )
         for proposal in several
     ]
@@ -232,6 +276,7 @@ def _validate(
     queries: int,
     keys: int,
     device: torch.device,
+    known: KnownTensors | None,
 ) -> Proposal:
     if isinstance(proposal, Band):
         return proposal
@@ -251,7 +296,9 @@ def _validate(
             )
         return Candidates(indices.to(torch.int32), scores, proposal.guaranteed, proposal.keys_scored)
     if isinstance(proposal, Ranges):
-        return _validate_ranges(proposal, source, lead=lead, queries=queries, keys=keys, device=device)
+        return _validate_ranges(
+            proposal, source, lead=lead, kv_heads=kv_heads, queries=queries, keys=keys, device=device, known=known
+        )
     if isinstance(proposal, Spans):
         start, end = _validate_interval(
             (proposal.start, proposal.end), ("Spans.start", "Spans.end"), keys, source, lead[0], (queries,), device
@@ -259,7 +306,7 @@ def _validate(
         return Spans(start, end)
     if isinstance(proposal, Summaries):
         return _validate_summaries(
-            proposal, source, lead=lead, kv_heads=kv_heads, queries=queries, keys=keys, device=device
+            proposal, source, lead=lead, kv_heads=kv_heads, queries=queries, keys=keys, device=device, known=known
         )
     raise ProposalError(
         f"source {source!r}: propose() must return Band, Columns, Spans, Candidates, Ranges or Summaries, or several "
@@ -287,9 +334,10 @@ def _validate_interval(
         _check_device(bound, device, name, source)
         _check_bounds(bound, 0, high, name, source)
     first, last = bounds
+    if first.shape != last.shape:
+        first, last = torch.broadcast_tensors(first, last)
     require((first <= last).all(), lambda: f"source {source!r}: {names[0]} must not exceed {names[1]}")
-    first, last = torch.broadcast_tensors(first.to(torch.int32), last.to(torch.int32))
-    return first, last
+    return first.to(torch.int32), last.to(torch.int32)
 
 
 def _validate_summaries(
@@ -301,6 +349,7 @@ def _validate_summaries(
     queries: int,
     keys: int,
     device: torch.device,
+    known: KnownTensors | None,
 ) -> Summaries:
     count = summaries.count
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
@@ -313,7 +362,7 @@ def _validate_summaries(
             f"M={keys}], got {list(members.shape)}"
         )
     _check_device(members, device, "Summaries.members", source)
-    _check_bounds(members, -1, count - 1, "Summaries.members", source)
+    _check_bounds(members, -1, count - 1, "Summaries.members", source, known)
     names = ("Summaries.first", "Summaries.stop")
     rows = (queries, members.shape[2])
     first, stop = _validate_interval((summaries.first, summaries.stop), names, count, source, lead[0], rows, device)
@@ -337,13 +386,13 @@ def _validate_columns(columns: Columns, source: str, *, keys: int, device: torch
             )
         _check_device(positions, device, "Columns.positions", source)
         _check_bounds(positions, 0, keys - 1, "Columns.positions", source)
-        return Columns(positions.to(torch.int32))
+        return Columns(positions.to(torch.int32), columns.slots)
     wrong = [p for p in positions if isinstance(p, bool) or not isinstance(p, int) or not 0 <= p < keys]
     if wrong:
         raise ProposalError(
             f"source {source!r}: Columns.positions must be integers in [0, {keys - 1}], got {wrong[0]!r}"
         )
-    return Columns(tuple(positions))
+    return Columns(tuple(positions), columns.slots)
 
 
 @functools.lru_cache(maxsize=256)
@@ -370,9 +419,11 @@ def _validate_ranges(
     source: str,
     *,
     lead: tuple[tuple[str, int], tuple[str, int]],
+    kv_heads: int,
     queries: int,
     keys: int,
     device: torch.device,
+    known: KnownTensors | None,
 ) -> Ranges:
     if ranges.attend not in ("topk", "all"):
         raise ProposalError(f"source {source!r}: Ranges.attend must be 'topk' or 'all', got {ranges.attend!r}")
@@ -383,9 +434,10 @@ def _validate_ranges(
     order, orders, length = ranges.order, 1, keys
     if order is not None:
         order = _check_integer(order, "Ranges.order", source)
-        _check_shape(order, (*lead, ("S", None), ("L", None)), "Ranges.order", source)
+        heads = ("Hkv", kv_heads) if order.dim() == 4 and order.shape[1] == kv_heads else lead[1]
+        _check_shape(order, (lead[0], heads, ("S", None), ("L", None)), "Ranges.order", source)
         _check_device(order, device, "Ranges.order", source)
-        _check_bounds(order, 0, keys - 1, "Ranges.order", source)
+        _check_bounds(order, 0, keys - 1, "Ranges.order", source, known)
         order = order.to(torch.int32)
         orders, length = order.shape[2], order.shape[3]
     if ranges.start is None or ranges.end is None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssa_framework.cache import LayerCache
 from ssa_framework.config import SSAConfig
 from ssa_framework.crossover import faster_dense
 from ssa_framework.errors import BudgetWarning, ConfigError, ProposalError
@@ -31,6 +32,9 @@ from ssa_framework.proposals import (
 from ssa_framework.registry import SourceRegistry, default_registry
 from ssa_framework.source import LayerSpec, NeighborSource, RoutingContext, create_source
 from ssa_framework.summaries import clean_summaries
+
+DENSE_BELOW_IN_CACHE = 2048
+"""What ``dense_below="auto"`` means where queries attend to a cache."""
 
 MIN_CONTENT_SLOTS = 8
 """Slots that content sources keep where band and columns alone take the whole budget, as in the original project."""
@@ -77,6 +81,7 @@ class Router(nn.Module):
         *,
         cross: bool = False,
         source_inputs: Mapping[str, Any] | None = None,
+        cache: LayerCache | None = None,
     ) -> NeighborGraph:
         """Build the graph.
 
@@ -85,6 +90,7 @@ class Router(nn.Module):
             mask: what is allowed.
             cross: queries and keys are different sequences; sources that compare positions sit out.
             source_inputs: per source name, what the caller wants to tell it with this call.
+            cache: whose keys ``k`` are, and whose last tokens the queries are; sources keep their states there.
 
         Raises:
             ConfigError: no source is left, or inputs for a source that is not in the mix.
@@ -95,12 +101,21 @@ class Router(nn.Module):
             BudgetWarning: band and columns alone take the whole budget.
         """
         dense_below = self.dense_below
-        if dense_below == "auto":
+        if cache is not None:
+            cache.bind(self)
+            dense_below = self.dense_below_in_cache
+        elif dense_below == "auto":
             dense = not source_inputs and faster_dense(self, q, k, causal=mask.causal, cross=cross)
             dense_below = k.shape[2] + 1 if dense else None
-        graph = self.route(q, k, mask, cross=cross, source_inputs=source_inputs, dense_below=dense_below)
+        graph = self.route(q, k, mask, cross=cross, source_inputs=source_inputs, dense_below=dense_below, cache=cache)
         self.registry.graph_built(graph, self.layer)
         return graph
+
+    @property
+    def dense_below_in_cache(self) -> int | None:
+        """``dense_below`` for queries on a cache: ``"auto"`` is a fixed number there, since what is faster depends on
+        how many queries come at once, and the result must not."""
+        return DENSE_BELOW_IN_CACHE if self.dense_below == "auto" else self.dense_below
 
     def route(
         self,
@@ -111,6 +126,7 @@ class Router(nn.Module):
         cross: bool,
         source_inputs: Mapping[str, Any] | None = None,
         dense_below: int | None = None,
+        cache: LayerCache | None = None,
     ) -> NeighborGraph:
         """`forward` with a given ``dense_below``, and unobserved."""
         inputs = dict(source_inputs or {})
@@ -129,7 +145,7 @@ class Router(nn.Module):
             return self._full_graph(q, k, mask, {}, credit="dense")
         # Routing decides by comparing numbers, so it keeps the precision of what it is given.
         with torch.autocast(q.device.type, enabled=False):
-            return self._build(q, k, mask, active, inputs, may_be_dense=dense_below != 0)
+            return self._build(q, k, mask, active, inputs, may_be_dense=dense_below != 0, cache=cache)
 
     def _build(
         self,
@@ -139,10 +155,11 @@ class Router(nn.Module):
         active: Mapping[str, nn.Module],
         inputs: Mapping[str, Any],
         may_be_dense: bool,
+        cache: LayerCache | None,
     ) -> NeighborGraph:
         keys = k.shape[2]
         routing_q = self._routing_queries(q, k)
-        collected = self._collect(routing_q, k, mask, active, inputs)
+        collected = self._collect(routing_q, k, mask, active, inputs, cache)
         records = {name: SourceRecord() for name in active if name in {n for n, _ in collected}}
         for name, proposal in collected:
             if isinstance(proposal, Band):
@@ -150,13 +167,17 @@ class Router(nn.Module):
             elif isinstance(proposal, Columns):
                 records[name] = replace(records[name], columns=unite_columns([proposal], q.device))
         band = _unite([r.band for r in records.values()])
-        columns = unite_columns([p for _, p in collected if isinstance(p, Columns)], q.device)
-        budget = self.layer.num_neighbors - _width(band, columns, keys)
+        proposed_columns = [p for _, p in collected if isinstance(p, Columns)]
+        columns = unite_columns(proposed_columns, q.device)
+        waiting = sum(max(p.slots - len(p.positions), 0) for p in proposed_columns)
+        budget = self.layer.num_neighbors - _width(band, columns, keys) - waiting
         everything = self._proposer_of_everything(collected, keys)
         if everything is not None and may_be_dense:
             return self._full_graph(q, k, mask, records, credit=everything)
         whole = _attended_whole(collected, keys)
-        listed = [] if whole is not None else _as_lists(collected)
+        listed = (
+            [] if whole is not None else _as_lists(collected, q.shape[1] if not self.shared_by_group else k.shape[1])
+        )
         if listed and budget < 1:
             budget = MIN_CONTENT_SLOTS
             warnings.warn(
@@ -165,19 +186,21 @@ class Router(nn.Module):
                 BudgetWarning,
                 stacklevel=2,
             )
-        eligible = Eligible(mask, q.shape[1], keys, band, columns)
+        eligible = Eligible(mask, q.shape[1], keys, band, columns, zero_padding=cache is not None)
         selection = select_neighbors(routing_q, k.detach(), listed, eligible, max(1, budget), backend=self.backend)
         for p in listed:
             records[p.owner] = _with_selected(records[p.owner], p, selection)
         spans, slices = (None, None) if whole is None else (whole.spans, whole.slices)
-        summaries = self._summaries(collected, mask, columns)
-        for name, proposal in collected:
-            records[name] = replace(
-                records[name],
-                spans=records[name].spans or (spans is not None and isinstance(proposal, Spans)),
-                slices=records[name].slices or (slices is not None and isinstance(proposal, Ranges)),
-                summaries=records[name].summaries or isinstance(proposal, Summaries),
-            )
+        summaries = self._summaries(collected, mask, columns, cache)
+        for name in records:
+            kinds = {type(proposal) for owner, proposal in collected if owner == name}
+            if kinds & {Spans, Ranges, Summaries}:
+                records[name] = replace(
+                    records[name],
+                    spans=spans is not None and Spans in kinds,
+                    slices=slices is not None and Ranges in kinds,
+                    summaries=Summaries in kinds,
+                )
         return NeighborGraph(
             batch=q.shape[0],
             num_heads=q.shape[1],
@@ -194,7 +217,11 @@ class Router(nn.Module):
         )
 
     def _summaries(
-        self, collected: Sequence[tuple[str, Proposal]], mask: EdgeMask, columns: Tensor | None
+        self,
+        collected: Sequence[tuple[str, Proposal]],
+        mask: EdgeMask,
+        columns: Tensor | None,
+        cache: LayerCache | None,
     ) -> Summaries | None:
         found = [(name, proposal) for name, proposal in collected if isinstance(proposal, Summaries)]
         if len(found) > 1:
@@ -202,7 +229,11 @@ class Router(nn.Module):
                 f"sources {' and '.join(repr(name) for name, _ in found)} return summaries; a graph holds those of one "
                 f"source, so switch them off for the others"
             )
-        return clean_summaries(found[0][1], found[0][0], mask, columns) if found else None
+        if not found:
+            return None
+        name, summaries = found[0]
+        made = None if cache is None else cache.summarised(name, summaries, mask, columns)
+        return clean_summaries(summaries, name, mask, columns) if made is None else made
 
     def _routing_queries(self, q: Tensor, k: Tensor) -> Tensor:
         """``[B, H, N, D]`` → ``[B, G, N, D]``: a group that shares a graph is routed by its mean query, since the
@@ -214,7 +245,13 @@ class Router(nn.Module):
         return grouped.mean(dim=2, dtype=q.dtype if q.dtype == torch.float64 else torch.float32).to(q.dtype)
 
     def _collect(
-        self, q: Tensor, k: Tensor, mask: EdgeMask, active: Mapping[str, nn.Module], inputs: Mapping[str, Any]
+        self,
+        q: Tensor,
+        k: Tensor,
+        mask: EdgeMask,
+        active: Mapping[str, nn.Module],
+        inputs: Mapping[str, Any],
+        cache: LayerCache | None,
     ) -> list[tuple[str, Proposal]]:
         """What every source proposes, by its name, in the order of the sources."""
         collected: list[tuple[str, Proposal]] = []
@@ -231,9 +268,12 @@ class Router(nn.Module):
                     budget=budget if budget > 0 else MIN_CONTENT_SLOTS,
                     seed=self.layer.seed,
                     inputs=inputs.get(name),
+                    decoding=cache is not None,
                 )
                 if ctx.num_keys == 0 or ctx.num_queries == 0 or ctx.batch == 0:
                     continue  # nothing to route; the graph is empty
+                if cache is not None:
+                    ctx = cache.indexed(name, source, ctx)
                 proposals = validate_proposals(
                     source.propose(ctx),
                     name,
@@ -243,6 +283,7 @@ class Router(nn.Module):
                     queries=ctx.num_queries,
                     keys=ctx.num_keys,
                     device=ctx.device,
+                    known=None if cache is None else cache.known(name),
                 )
             for proposal in proposals:
                 if isinstance(proposal, Band) and not source.needs_positions:
@@ -253,7 +294,7 @@ class Router(nn.Module):
                 if isinstance(proposal, Band):
                     bands.append(_clip(proposal, mask.causal))
                 elif isinstance(proposal, Columns):
-                    listed += len(proposal.positions)
+                    listed += max(len(proposal.positions), proposal.slots)
                 elif isinstance(proposal, Candidates) and proposal.guaranteed:
                     listed += proposal.indices.shape[-1]
                 collected.append((name, proposal))
@@ -338,13 +379,16 @@ def _attended_whole(collected: Sequence[tuple[str, Proposal]], keys: int) -> _Wh
     return _Whole(spans[0] if spans else None, slices)
 
 
-def _as_lists(collected: Sequence[tuple[str, Proposal]]) -> list[Proposed]:
+def _as_lists(collected: Sequence[tuple[str, Proposal]], graph_heads: int) -> list[Proposed]:
     """What has to be listed, spans and slices that are attended whole included."""
     listed: list[Proposed] = []
     for name, proposal in collected:
         if isinstance(proposal, Spans):
             start, end = (x[:, None, :, None, None] for x in (proposal.start, proposal.end))
             proposal = Ranges(None, start, end, attend="all")
+        if isinstance(proposal, Ranges) and proposal.order is not None and 1 < proposal.order.shape[1] < graph_heads:
+            repeats = graph_heads // proposal.order.shape[1]
+            proposal = replace(proposal, order=proposal.order.repeat_interleave(repeats, dim=1))
         if isinstance(proposal, (Candidates, Ranges)):
             again = sum(p.owner == name for p in listed)
             listed.append(Proposed(f"{name} ({again + 1})" if again else name, proposal, name))

@@ -48,6 +48,10 @@ class RoutingContext:
         budget: neighbor slots left by the sources named before this one, at least 1.
         inputs: what the caller passed for this source with this call (``source_inputs``), or ``None``.
         seed: of the layer; see `generator`.
+        decoding: the call is one of several on a cache: the queries are the last tokens of the keys, and what is
+            proposed for them must not depend on how the tokens were cut into calls.
+        state: what the source keeps in that cache, of all keys; ``None`` where it keeps nothing.
+        first_new: in `NeighborSource.append`, the first key that the state does not hold yet.
     """
 
     q: Tensor
@@ -56,6 +60,9 @@ class RoutingContext:
     budget: int
     seed: int = 0
     inputs: Any = None
+    decoding: bool = False
+    state: Any = None
+    first_new: int = 0
 
     @property
     def batch(self) -> int:
@@ -156,6 +163,9 @@ class RoutingContext:
     def key_bounds(self) -> tuple[Tensor, Tensor]:
         """First and last real key position of each key's document, int32 ``[B or 1, M or 1]``; last < first where a
         document is all padding."""
+        if self.key_keep is None and self.documents is None:
+            first = torch.zeros((1, 1), dtype=torch.int32, device=self.device)
+            return first, first + (self.num_keys - 1)
         keys = torch.arange(self.num_keys, dtype=torch.int32, device=self.device)[None]
         low = keys if self.key_keep is None else torch.where(self.key_keep, keys, self.num_keys)
         high = keys if self.key_keep is None else torch.where(self.key_keep, keys, -1)
@@ -207,6 +217,10 @@ class NeighborSource(nn.Module):
     learns: ClassVar[bool] = False
     """True where gradients should flow into what the source computes from q and k."""
 
+    rebuilds: ClassVar[bool] = True
+    """True where `propose` looks at all keys in every step of decoding, since the source keeps no state of them. False
+    where it keeps one, or where it needs no keys; it then says so."""
+
     layer: LayerSpec
 
     def __init__(self, layer: LayerSpec, **options: Any) -> None:
@@ -219,6 +233,27 @@ class NeighborSource(nn.Module):
         """Return the keys for the queries of ``ctx``: a `Band`, `Columns`, `Spans`, `Candidates`, `Ranges`,
         `Summaries`, or several of them."""
         raise NotImplementedError(f"{type(self).__name__} must implement propose(ctx)")
+
+    # -- decoding: what a source keeps of the keys that are cached -----------------------------------------------------
+
+    def init_state(self, ctx: RoutingContext) -> Any:
+        """A state that holds no keys, for a cache that begins; plain data, such as tensors. Nothing of it belongs into
+        the module: one module serves several caches. ``None``: the source keeps no state, `propose` gets all keys in
+        every step, and the methods below are never called.
+        """
+        return None
+
+    def append(self, state: Any, ctx: RoutingContext) -> Any:
+        """The state with the keys of ``ctx`` from ``ctx.first_new`` on; ``state`` may be changed."""
+        raise NotImplementedError(f"{type(self).__name__} must implement append(state, ctx), as it has init_state")
+
+    def crop(self, state: Any, length: int) -> Any:
+        """The state of the first ``length`` keys; ``state`` may be changed. ``None``: start anew with all keys."""
+        return None
+
+    def reorder(self, state: Any, index: Tensor) -> Any:
+        """The state with the batch elements ``index``, int64 ``[B']``, which may repeat. ``None``: start anew."""
+        return None
 
     @classmethod
     def option_defaults(cls) -> dict[str, Any]:

@@ -35,6 +35,17 @@ def clean_summaries(summaries: Summaries, source: str, mask: EdgeMask, columns: 
     return summaries
 
 
+def check_causal(last: Tensor, summaries: Summaries, level: int, source: str, mask: EdgeMask) -> None:
+    """Raise `ProposalError` where a query attends a summary of a level that holds a later key: ``last [B or 1, C]`` is
+    the position of the last key of each."""
+    first, stop = summaries.first[..., level], summaries.stop[..., level]
+    found = _largest_in(last, first, stop)
+    require(
+        ((found <= mask.positions) | (first >= stop)).all(),
+        lambda: f"source {source!r}: a summary that a query attends holds a key after it; attention is causal",
+    )
+
+
 def _check_leaks(summaries: Summaries, source: str, mask: EdgeMask) -> None:
     keys = summaries.members.shape[3]
     for level in range(summaries.levels):
@@ -42,15 +53,11 @@ def _check_leaks(summaries: Summaries, source: str, mask: EdgeMask) -> None:
         some = first < stop
         if mask.causal:
             position = torch.arange(keys, dtype=torch.int32, device=first.device)[None]
-            last = _largest_in(_of_members(summaries, level, position), first, stop)
-            require(
-                ((last <= mask.positions) | ~some).all(),
-                lambda: f"source {source!r}: a summary that a query attends holds a key after it; attention is causal",
-            )
+            check_causal(largest_of_members(summaries, level, position), summaries, level, source, mask)
         if mask.key_segments is not None and mask.query_segments is not None:
             ids, of_query = mask.key_segments, mask.query_segments
-            high = _largest_in(_of_members(summaries, level, ids), first, stop)
-            low = -_largest_in(_of_members(summaries, level, -ids), first, stop)
+            high = _largest_in(largest_of_members(summaries, level, ids), first, stop)
+            low = -_largest_in(largest_of_members(summaries, level, -ids), first, stop)
             nothing = high == torch.iinfo(ids.dtype).min
             same = ((high == of_query) & (low == of_query)) | nothing
             require(
@@ -59,7 +66,7 @@ def _check_leaks(summaries: Summaries, source: str, mask: EdgeMask) -> None:
             )
 
 
-def _of_members(summaries: Summaries, level: int, values: Tensor) -> Tensor:
+def largest_of_members(summaries: Summaries, level: int, values: Tensor) -> Tensor:
     """The largest of ``values [B or 1, M]`` over the keys of a summary, in any head: ``[B or 1, C]``; the smallest
     number there is where a summary has no keys of that level."""
     members = summaries.members[:, :, level]

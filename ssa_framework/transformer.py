@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ssa_framework.attention import SparseAttention
+from ssa_framework.cache import LayerCache, SSACache
 from ssa_framework.config import SSAConfig
-from ssa_framework.errors import ConfigError, DtypeError, ShapeError
+from ssa_framework.errors import CacheError, ConfigError, DtypeError, ShapeError
 from ssa_framework.graph import NeighborGraph
 from ssa_framework.ops.key_lists import jaccard, sort_unique
 from ssa_framework.registry import SourceRegistry
@@ -47,20 +48,27 @@ class SparseTransformerLayer(nn.Module):
         return self.attn.build_graph(q, k, **graph_options)
 
     def forward(
-        self, x: Tensor, return_stats: bool = False, *, graph: NeighborGraph | None = None, **graph_options: Any
+        self,
+        x: Tensor,
+        return_stats: bool = False,
+        *,
+        graph: NeighborGraph | None = None,
+        cache: LayerCache | None = None,
+        **graph_options: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Apply the layer to ``x [B, N, d_model]``.
 
         Args:
             return_stats: fill the second result; see `graph_stats`.
             graph: apply this graph instead of building one.
+            cache: ``x`` are new tokens behind those that are cached; see `SparseAttention.forward`.
             graph_options: ``attention_mask``, ``key_padding_mask``, ``segment_ids`` and so on; see
                 `SparseAttention.forward`.
 
         Returns:
             ``[B, N, d_model]`` and a dictionary, empty unless ``return_stats``.
         """
-        attended, stats = self.attn(self.norm1(x), return_stats=return_stats, graph=graph, **graph_options)
+        attended, stats = self.attn(self.norm1(x), return_stats=return_stats, graph=graph, cache=cache, **graph_options)
         hidden = x + attended
         return hidden + self.ff(self.norm2(hidden)), stats
 
@@ -123,12 +131,14 @@ class SparseTransformer(nn.Module):
         return embedded
 
     def forward(
-        self, tokens_or_x: Tensor, return_stats: bool = False, **graph_options: Any
+        self, tokens_or_x: Tensor, return_stats: bool = False, *, cache: SSACache | None = None, **graph_options: Any
     ) -> tuple[Tensor, list[dict[str, Any]]]:
         """Token ids ``[B, N]`` or hidden inputs ``[B, N, d_model]`` → hidden states.
 
         Args:
             return_stats: fill the dictionaries; see `graph_stats`.
+            cache: the tokens are new ones behind those that are cached, and join them. The configuration must be
+                causal; see `SparseAttention.forward`.
             graph_options: for every layer: ``attention_mask``, ``key_padding_mask``, ``segment_ids`` and so on; see
                 `SparseAttention.forward`.
 
@@ -137,8 +147,9 @@ class SparseTransformer(nn.Module):
         """
         x = self.embed_input(tokens_or_x)
         stats_per_layer = []
-        for layer in self.layers:
-            x, stats = layer(x, return_stats, **graph_options)
+        for index, layer in enumerate(self.layers):
+            kept = None if cache is None else cache.layer(index)
+            x, stats = layer(x, return_stats, cache=kept, **graph_options)
             stats_per_layer.append(stats)
         return self.norm(x), stats_per_layer
 
@@ -173,9 +184,14 @@ class CachedGraphSparseTransformer(SparseTransformer):
         return f"reuse_every={self.reuse_every}"
 
     def forward(
-        self, tokens_or_x: Tensor, return_stats: bool = False, **graph_options: Any
+        self, tokens_or_x: Tensor, return_stats: bool = False, *, cache: SSACache | None = None, **graph_options: Any
     ) -> tuple[Tensor, list[dict[str, Any]]]:
-        """As `SparseTransformer.forward`; the dictionaries also say ``graph_recomputed``."""
+        """As `SparseTransformer.forward`, but without a cache; the dictionaries also say ``graph_recomputed``."""
+        if cache is not None:
+            raise CacheError(
+                "CachedGraphSparseTransformer cannot decode with a cache, since layers would attend by the graph of "
+                "another layer's keys; load its state dict into a SparseTransformer, which can"
+            )
         x = self.embed_input(tokens_or_x)
         graph: NeighborGraph | None = None
         stats_per_layer = []

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssa_framework.ops.neighbor_attention import numba_cpu, reference, torch_gather
+from ssa_framework.ops.neighbor_attention import numba_call, numba_cpu, reference, torch_gather
 from ssa_framework.ops.neighbor_attention.parts import GraphParts
 
 IMPLEMENTATIONS = {"numba": numba_cpu, "torch": torch_gather}
@@ -208,3 +208,116 @@ def test_extreme_scores(implementation: str) -> None:
             span_start=span_start, span_end=span_end, slice_order=order, slice_start=start, slice_end=end, **summaries
         )
         check(implementation, q * factor, k, v, parts, 1e-10)
+
+
+def long_parts(
+    queries: int, keys: int, heads: tuple[int, int], dims: tuple[int, int], dtype: torch.dtype
+) -> GraphParts:
+    """Spans and slices longer than any tile, slices that start alike and end apart, an order that has keys twice."""
+    quarter = keys // 4
+    order = torch.cat([torch.randperm(keys), torch.randperm(keys)]).int().expand(2, heads[0], -1)
+    first = torch.randint(0, 3, (2, heads[0], queries, 1)) * quarter
+    start = torch.cat([first, first + quarter], dim=-1) + torch.randint(0, 2, first.shape) * keys
+    end = start + torch.randint(0, quarter + 1, start.shape)
+    span_start, span_end = spans_of(queries, keys, 0, 150)
+    return GraphParts(
+        band_before=2,
+        band_after=1,
+        causal=True,
+        columns=torch.tensor([3, keys // 2], dtype=torch.int32),
+        span_start=span_start,
+        span_end=span_end,
+        slice_order=order,
+        slice_start=start.int(),
+        slice_end=end.int(),
+        key_keep=torch.rand(2, keys) > 0.2,
+        query_segments=torch.arange(queries)[None] // 170,
+        key_segments=torch.arange(keys)[None] // 170,
+        **summaries_of(heads, 150, queries, dims, dtype, levels=2),
+    )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("lists", [1, 2, 4])
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_long_slices_and_spans(implementation: str, lists: int, masked: bool) -> None:
+    q, k, v = tensors(330, 400, (20, 5), (4, 2), torch.float64)
+    parts = long_parts(330, 400, (lists, 2), (20, 5), torch.float64)
+    if not masked:
+        parts = replace(parts, key_keep=None, query_segments=None, key_segments=None)
+    check(implementation, q, k, v, parts, 1e-12)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_few_queries_of_a_long_order(implementation: str) -> None:
+    q, k, v = tensors(3, 2000, (8, 8), (2, 2), torch.float64)
+    parts = long_parts(3, 2000, (2, 2), (8, 8), torch.float64)
+    check(implementation, q, k, v, replace(parts, query_offset=1990, summary_opened=None), 1e-12)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("heads", [(4, 2), (2, 1)], ids=str)
+def test_any_number_of_threads_gives_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int], dropout_p: float
+) -> None:
+    """Also where a head's queries are several tasks, forward and backward."""
+    monkeypatch.setattr(numba_call, "ROWS_PER_TASK", (64, 64))
+    monkeypatch.setattr(numba_call, "ROWS_PER_SLICE_TASK", 128)
+    monkeypatch.setattr(numba_cpu, "ROWS_PER_GRADIENT", 64)
+    q, k, v = tensors(330, 400, (8, 8), heads, torch.float32)
+    parts = long_parts(330, 400, (heads[1], heads[1]), (8, 8), torch.float32)
+    if not dropout_p:
+        check("numba", q, k, v, parts, 3e-6)
+    options = {**OPTIONS, "dropout_p": dropout_p, "seed": 7}
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            out, lse = numba_cpu.forward(q, k, v, parts, fp32_weights=True, **options)
+            results.append([out, lse, *numba_cpu.backward(out, lse * 0, q, k, v, out, lse, parts, **options)])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_dropout_of_forward_and_backward_agree() -> None:
+    """The output is linear in the values, and finite differences give the gradients of the rest."""
+    q, k, v = tensors(150, 200, (8, 8), (4, 2), torch.float64)
+    parts = long_parts(150, 200, (4, 2), (8, 8), torch.float64)
+    options = {**OPTIONS, "dropout_p": 0.4, "seed": 3}
+    out, lse = numba_cpu.forward(q, k, v, parts, fp32_weights=True, **options)
+    kept, _ = numba_cpu.forward(q, k, v, parts, fp32_weights=True, **OPTIONS)
+    assert not torch.allclose(out, kept)
+    weight = torch.randn_like(out)
+    grads = numba_cpu.backward(weight, torch.zeros_like(lse), q, k, v, out, lse, parts, **options)
+    assert parts.summary_k is not None
+    assert parts.summary_v is not None
+    inputs = [q, k, v, parts.summary_k, parts.summary_v]
+    for place, grad in enumerate([*grads[:3], *grads[4:]]):
+        step = torch.randn_like(inputs[place]) * 1e-6
+        values = []
+        for sign in (1, -1):
+            moved = [x + sign * step if i == place else x for i, x in enumerate(inputs)]
+            there = replace(parts, summary_k=moved[3], summary_v=moved[4])
+            moved_out, _ = numba_cpu.forward(*moved[:3], there, fp32_weights=True, **options)
+            values.append(float((moved_out * weight).sum()))
+        slope = float((grad * step).sum())
+        assert abs((values[0] - values[1]) / 2 - slope) < 1e-6 * max(abs(slope), 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_half_precision_is_single_precision_of_the_rounded_inputs(dtype: torch.dtype) -> None:
+    q, k, v = (x.to(dtype) for x in tensors(150, 200, (8, 8), (4, 2), torch.float32))
+    parts = long_parts(150, 200, (4, 2), (8, 8), torch.float32)
+    out, lse = numba_cpu.forward(q, k, v, parts, fp32_weights=True, **OPTIONS)
+    single = q.float(), k.float(), v.float()
+    want, want_lse = numba_cpu.forward(*single, parts, fp32_weights=True, **OPTIONS)
+    assert out.dtype == dtype
+    assert torch.equal(out, want.to(dtype))
+    assert torch.equal(lse, want_lse)
+    grads = numba_cpu.backward(out, lse, q, k, v, out, lse, parts, **OPTIONS)
+    wanted = numba_cpu.backward(out.float(), lse, *single, out.float(), lse, parts, **OPTIONS)
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(grads, wanted, strict=True))
+    assert [x.dtype for x in (*grads[:3], *grads[4:])] == [dtype] * 3 + [torch.float32] * 2

@@ -12,6 +12,7 @@ from ssa_framework.errors import BackendUnavailableError, ConfigError, ShapeErro
 from ssa_framework.ops.cluster_keys import Clusters, cluster_keys, cluster_slots
 
 BACKENDS = ["numba", "torch"]
+PARTS = ("order", "start", "size", "centroids", "variances")
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -28,7 +29,7 @@ def segments(*starts: int) -> Tensor:
 
 def same(got: Clusters, want: Clusters) -> None:
     """Bit for bit."""
-    for name in ("order", "start", "size", "centroids"):
+    for name in PARTS:
         assert torch.equal(getattr(got, name), getattr(want, name)), name
 
 
@@ -36,28 +37,32 @@ def agree(got: Clusters, want: Clusters) -> None:
     for name in ("order", "start", "size"):
         assert torch.equal(getattr(got, name), getattr(want, name)), name
     torch.testing.assert_close(got.centroids, want.centroids)
+    torch.testing.assert_close(got.variances, want.variances)
 
 
 def check(found: Clusters, k: Tensor, starts: Tensor, length: int, clusters: int, capacity: int | None) -> None:
-    """The clusters partition their segments, and centroids are the means of their keys."""
+    """The clusters partition their segments; centroids are the means of their keys, variances those of coordinates."""
     batch, heads, _, dim = k.shape
     count, slots = starts.shape[1], cluster_slots(length, clusters, capacity)
     most = capacity or -(-2 * length // clusters)
     assert [x.dtype for x in (found.order, found.start, found.size)] == [torch.int32] * 3
     assert found.order.shape == (batch, heads, count * length)
     assert found.start.shape == found.size.shape == (batch, heads, count * slots)
-    assert found.centroids.shape == (batch, heads, count * slots, dim)
-    assert found.centroids.dtype == torch.float32
+    assert found.variances is not None
+    assert found.centroids.shape == found.variances.shape == (batch, heads, count * slots, dim)
+    assert found.centroids.dtype == found.variances.dtype == torch.float32
     for b in range(batch):
         for h in range(heads):
             for f, first in enumerate(starts.expand(batch, -1)[b].tolist()):
                 part = slice(f * slots, (f + 1) * slots)
                 start, size = found.start[b, h, part].tolist(), found.size[b, h, part].tolist()
                 centroids, order = found.centroids[b, h, part], found.order[b, h]
+                variances = found.variances[b, h, part]
                 full = sum(n > 0 for n in size)
                 assert not any(size[full:])
                 assert not any(start[full:])
                 assert not centroids[full:].any()
+                assert not variances[full:].any()
                 if first < 0:
                     assert full == 0
                     assert not order[f * length : (f + 1) * length].any()
@@ -70,8 +75,9 @@ def check(found: Clusters, k: Tensor, starts: Tensor, length: int, clusters: int
                     place += size[c]
                     keys = order[start[c] : place]
                     assert (keys.diff() > 0).all()
-                    mean = k[b, h, keys.long()].double().mean(0).float()
-                    torch.testing.assert_close(centroids[c], mean, rtol=1e-4, atol=1e-4)
+                    rows = k[b, h, keys.long()].double()
+                    torch.testing.assert_close(centroids[c], rows.mean(0).float(), rtol=1e-4, atol=1e-4)
+                    torch.testing.assert_close(variances[c], rows.var(0, correction=0).float(), rtol=1e-4, atol=1e-4)
                 keys = order[f * length : (f + 1) * length].sort().values
                 assert torch.equal(keys, torch.arange(first, first + length, dtype=torch.int32))
 
@@ -159,6 +165,53 @@ def test_a_cluster_is_cut_by_position_into_equal_pieces(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_variances_of_keys_far_from_zero(backend: str) -> None:
+    """A mean of squares less the square of the mean would be nothing but rounding errors."""
+    k = 0.01 * randn(1, 1, 300, 20) + 1000
+    found = cluster_keys(k, segments(0), 300, 10, backend=backend)
+    assert found.variances is not None
+    for start, size, variance in zip(found.start[0, 0], found.size[0, 0], found.variances[0, 0], strict=True):
+        if size:
+            rows = k[0, 0, found.order[0, 0, start : start + size].long()].double()
+            torch.testing.assert_close(variance, rows.var(0, correction=0).float(), rtol=1e-2, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("length", "clusters", "stride"), [(512, 16, 4), (500, 16, 3), (95, 3, 3), (64, 16, 1)])
+def test_coarse_steps_look_at_keys_at_even_distances(length: int, clusters: int, stride: int, backend: str) -> None:
+    """They move the centroids like k-means of those keys, and whatever the other keys are."""
+    k = randn(1, 1, length, 8)
+    some = k[:, :, ::stride].contiguous()
+    options = {"capacity": length, "backend": backend}
+    found = cluster_keys(k, segments(0), length, clusters, iterations=2, coarse=2, **options)
+    centroids = k[0, 0, torch.linspace(0, length - 1, clusters).long()].double()
+    for _ in range(2):
+        owner = torch.cdist(some[0, 0].double(), centroids).argmin(1)
+        for c in range(clusters):
+            if (owner == c).any():
+                centroids[c] = some[0, 0, owner == c].double().mean(0)
+    owner = torch.cdist(k[0, 0].double(), centroids).argmin(1)
+    want = [(owner == c).nonzero()[:, 0].tolist() for c in range(clusters) if (owner == c).any()]
+    starts, sizes = found.start[0, 0].tolist(), found.size[0, 0].tolist()
+    got = [found.order[0, 0, s : s + n].tolist() for s, n in zip(starts, sizes, strict=True) if n]
+    assert got == want
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keys_that_are_not_finite_stay_in_their_segment(backend: str) -> None:
+    """Every key is still in one cluster, and other segments do not change."""
+    k = randn(1, 1, 200, 16)
+    clean = cluster_keys(k, segments(0, 100), 100, 7, backend=backend)
+    k[0, 0, 3, 5], k[0, 0, 40, 0] = torch.nan, torch.inf
+    found = cluster_keys(k, segments(0, 100), 100, 7, backend=backend)
+    slots = cluster_slots(100, 7)
+    assert torch.equal(found.order[0, 0, :100].sort().values, torch.arange(100, dtype=torch.int32))
+    assert int(found.size[0, 0, :slots].sum()) == 100
+    for name in ("size", "centroids", "variances"):
+        assert torch.equal(getattr(found, name)[:, :, slots:], getattr(clean, name)[:, :, slots:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_as_many_clusters_as_keys(backend: str) -> None:
     k = randn(1, 2, 40, 5)
     found = cluster_keys(k, segments(0), 40, 40, capacity=3, backend=backend)
@@ -175,32 +228,35 @@ def test_other_dtypes_are_clustered_as_float32(dtype: torch.dtype, backend: str)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_segment_depends_on_its_own_keys_alone(backend: str) -> None:
+@pytest.mark.parametrize("coarse", [0, 3])
+def test_a_segment_depends_on_its_own_keys_alone(coarse: int, backend: str) -> None:
     """Not on later keys, on other segments, heads or batch elements, nor on the number of threads."""
     k, length, clusters = randn(2, 3, 1000, 16), 250, 9
     slots = cluster_slots(length, clusters)
-    whole = cluster_keys(k, segments(0, 250, 500, 750), length, clusters, backend=backend)
-    prefix = cluster_keys(k[:, :, :500], segments(0, 250), length, clusters, backend=backend)
+    whole = cluster_keys(k, segments(0, 250, 500, 750), length, clusters, coarse=coarse, backend=backend)
+    prefix = cluster_keys(k[:, :, :500], segments(0, 250), length, clusters, coarse=coarse, backend=backend)
     same(
         Clusters(
             whole.order[..., : 2 * length],
             whole.start[..., : 2 * slots],
             whole.size[..., : 2 * slots],
             whole.centroids[:, :, : 2 * slots],
+            whole.variances[:, :, : 2 * slots],
         ),
         prefix,
     )
-    turned = cluster_keys(k.flip(0, 1), segments(0, 250, 500, 750), length, clusters, backend=backend)
-    same(Clusters(*(getattr(whole, x).flip(0, 1) for x in ("order", "start", "size", "centroids"))), turned)
-    alone = cluster_keys(k[1:, 2:, 500:750], segments(0), length, clusters, backend=backend)
+    turned = cluster_keys(k.flip(0, 1), segments(0, 250, 500, 750), length, clusters, coarse=coarse, backend=backend)
+    same(Clusters(*(getattr(whole, x).flip(0, 1) for x in PARTS)), turned)
+    alone = cluster_keys(k[1:, 2:, 500:750], segments(0), length, clusters, coarse=coarse, backend=backend)
     part = slice(2 * slots, 3 * slots)
     assert torch.equal(whole.centroids[1:, 2:, part], alone.centroids)
+    assert torch.equal(whole.variances[1:, 2:, part], alone.variances)
     assert torch.equal(whole.size[1:, 2:, part], alone.size)
     assert torch.equal(whole.order[1:, 2:, 2 * length : 3 * length], alone.order + 500)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        same(cluster_keys(k, segments(0, 250, 500, 750), length, clusters, backend=backend), whole)
+        same(cluster_keys(k, segments(0, 250, 500, 750), length, clusters, coarse=coarse, backend=backend), whole)
     finally:
         torch.set_num_threads(before)
 
@@ -226,11 +282,13 @@ def test_nothing_to_cluster(starts: Tensor, backend: str) -> None:
 def test_any_settings(data: st.DataObject, dim: int, length: int, iterations: int) -> None:
     clusters = data.draw(st.integers(1, length), label="clusters")
     capacity = data.draw(st.none() | st.integers(1, length + 3), label="capacity")
+    coarse = data.draw(st.integers(0, iterations), label="coarse")
     keys = length + data.draw(st.integers(0, 100), label="more keys")
     starts = segments(*data.draw(st.lists(st.integers(-1, keys - length), min_size=1, max_size=4), label="starts"))
     k = data.draw(st.sampled_from([randn, whole_numbers]))(2, 1, keys, dim, seed=data.draw(st.integers(0, 9)))
     for backend in BACKENDS:
-        found = cluster_keys(k, starts, length, clusters, iterations=iterations, capacity=capacity, backend=backend)
+        options = {"iterations": iterations, "coarse": coarse, "capacity": capacity}
+        found = cluster_keys(k, starts, length, clusters, backend=backend, **options)
         check(found, k, starts, length, clusters, capacity)
 
 
@@ -256,7 +314,10 @@ def test_bad_input() -> None:
         cluster_keys(k, segments(0), 50, 4, capacity=0)
     with pytest.raises(ConfigError, match="iterations must be 0 or more, got -1"):
         cluster_keys(k, segments(0), 50, 4, iterations=-1)
-    with pytest.raises(BackendUnavailableError, match="'triton' cannot cluster keys; use one of auto, numba, torch"):
-        cluster_keys(k, segments(0), 50, 4, backend="triton")
+    for coarse in (-1, 4):
+        with pytest.raises(ConfigError, match=f"coarse must be 0 to 3, one of the iterations, got {coarse}"):
+            cluster_keys(k, segments(0), 50, 4, iterations=3, coarse=coarse)
+    with pytest.raises(BackendUnavailableError, match="'cuda' cannot cluster keys; use one of auto, numba, torch"):
+        cluster_keys(k, segments(0), 50, 4, backend="cuda")
     with pytest.raises(BackendUnavailableError, match="serves CPU tensors, got meta"):
         cluster_keys(k.to("meta"), segments(0), 50, 4, backend="numba")

@@ -20,17 +20,14 @@ def test_a_preset_is_a_configuration_like_any_other(name: str) -> None:
     assert stats["slots"]
 
 
-def test_better_presets_look_at_more() -> None:
+def test_presets_are_built_of_whole_parts() -> None:
     q = torch.randn(1, 1, 4096, 16)
-    degrees = []
-    for name in ("fast", "balanced", "quality"):
+    for name in PRESETS:
         graph = build_graph(q, q, config=SSAConfig.preset(name, dense_below=0), is_causal=True)
         graph.validate()
         assert graph.neighbors is None
         assert graph.summaries is not None
-        degrees.append(float(graph.degree().float().mean()))
-    assert degrees == sorted(degrees)
-    assert degrees[-1] < 4096 / 4
+        assert float(graph.degree().float().mean()) < 4096 / 4
 
 
 def test_fields_may_be_changed() -> None:

@@ -18,6 +18,7 @@ from ssa_framework.plugin import (
     RoutingContext,
     hookimpl,
 )
+from ssa_plugins.kept_segments import KeptSegments
 from ssa_plugins.segments import Attend, Level, Opened, Places, check_attend, propose, take
 
 
@@ -40,6 +41,8 @@ class Blocks(NeighborSource):
 
     Ranking compares a query with one mean, or two bounds, for every ``size`` keys, which `keys_scored` leaves out.
     """
+
+    rebuilds = False
 
     def __init__(
         self,
@@ -67,38 +70,73 @@ class Blocks(NeighborSource):
         return f"size={self.size}, rank={self.rank}, keys={self.keys}, attend={self.attend}"
 
     def propose(self, ctx: RoutingContext) -> Proposal | list[Proposal]:
-        if ctx.num_keys <= self.layer.num_neighbors:
+        # where attention is causal, a query must not see more keys for want of later ones
+        few = self.layer.num_neighbors if not ctx.causal else min(self.layer.num_neighbors, self.size)
+        if ctx.num_keys <= few:
             return Ranges.everything()  # all of them fit the budget; there is nothing to choose
+        if ctx.state is not None:
+            kept: KeptSegments = ctx.state
+            return kept.propose(
+                ctx, self._compared(ctx.q), keys=self.keys, about=2 * self.size, spread=0.0, attend=self.attend,
+                summaries=self.summaries,
+            )  # fmt: skip
         places = Places.of(ctx, self.size)
         if not places.starts.shape[1]:
             return propose(ctx, places, None, attend=self.attend, summaries=False)
         keys = ctx.shared_k if places.order is None else take(ctx.shared_k, places.order)
-        q, blocks = self._summaries(ctx.q, keys, places.starts)
-        level = Level.of(ctx, places, blocks)
-        opened = Opened.best(ctx, q, [level], keys=self.keys, about=2 * self.size)
+        level = Level.of(ctx, places, self._blocks(keys, places.starts))
+        opened = Opened.best(ctx, self._compared(ctx.q), [level], keys=self.keys, about=2 * self.size)
         return propose(ctx, places, opened, attend=self.attend, summaries=self.summaries)
 
-    def _summaries(self, q: Tensor, keys: Tensor, starts: Tensor) -> tuple[Tensor, Clusters]:
-        """Blocks as clusters, and queries whose product with their centroids ranks them."""
+    def _compared(self, q: Tensor) -> Tensor:
+        """Queries whose product with the centroids of `_blocks` ranks them."""
+        if self.rank == "mean":
+            return q.float()
+        # the largest score is the sum of max(q·high, q·low), coordinate by coordinate
+        return torch.cat([q.clamp(min=0), q.clamp(max=0)], dim=-1).float()
+
+    def _blocks(self, keys: Tensor, starts: Tensor) -> Clusters:
+        """Blocks as clusters."""
         batch, heads = keys.shape[:2]
         used = (starts >= 0).expand(batch, -1)
         place = starts.clamp(min=0)[..., None] + torch.arange(self.size, dtype=torch.int32, device=keys.device)
         place = place.expand(batch, -1, -1).flatten(1)
         rows = take(keys, place).float().unflatten(2, (-1, self.size))  # [B, Hkv, F, size, D]
         if self.rank == "mean":
-            centroids, q = rows.mean(3), q.float()
-        else:  # the largest score is the sum of max(q·high, q·low), coordinate by coordinate
+            centroids = rows.mean(3)
+        else:
             low, high = rows.aminmax(dim=3)
             centroids = torch.cat([high, low], dim=-1)
-            q = torch.cat([q.clamp(min=0), q.clamp(max=0)], dim=-1).float()
         first = torch.arange(used.shape[1], dtype=torch.int32, device=keys.device) * self.size
-        blocks = Clusters(
+        return Clusters(
             place[:, None].expand(-1, heads, -1).contiguous(),
             first.expand(batch, heads, -1).contiguous(),
             torch.where(used, self.size, 0).int()[:, None].expand(-1, heads, -1).contiguous(),
             centroids.contiguous(),
         )
-        return q, blocks
+
+    # -- decoding: blocks are made when they are full -----------------------------------------------------------------
+
+    def init_state(self, ctx: RoutingContext) -> KeptSegments:
+        width = self.layer.head_dim * (1 if self.rank == "mean" else 2)
+        return KeptSegments(ctx, [(self.size, 1)], width)
+
+    def append(self, state: KeptSegments, ctx: RoutingContext) -> KeptSegments:
+        def blocks(level: int, keys: Tensor) -> Clusters:
+            return self._blocks(
+                keys, torch.arange(0, keys.shape[2], self.size, dtype=torch.int32, device=ctx.device)[None]
+            )
+
+        state.append(ctx, blocks)
+        return state
+
+    def crop(self, state: KeptSegments, length: int) -> KeptSegments:
+        state.crop(length)
+        return state
+
+    def reorder(self, state: KeptSegments, index: Tensor) -> KeptSegments:
+        state.reorder(index)
+        return state
 
 
 @hookimpl

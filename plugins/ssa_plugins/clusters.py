@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ssa_framework.plugin import Clusters as ClustersOfKeys
 from ssa_framework.plugin import (
     ConfigError,
     LayerSpec,
@@ -17,10 +17,14 @@ from ssa_framework.plugin import (
     Registrar,
     RoutingContext,
     cluster_keys,
+    cluster_slots,
     hookimpl,
-    summarize_keys,
 )
+from ssa_plugins.kept_segments import KeptSegments
 from ssa_plugins.segments import Attend, Level, Opened, Places, check_attend, propose, take
+
+_LAST_STEPS = 2
+"""Lloyd steps that look at all keys of a segment."""
 
 
 class Clusters(NeighborSource):
@@ -46,7 +50,7 @@ class Clusters(NeighborSource):
         levels: keys of a segment and keys per centroid, from level to level; segments are multiples of those before.
             Where attention is not causal the length of segments is adapted, so that few keys are left over.
         keys: how many keys of clusters a query looks at, at most; twice ``num_neighbors`` if left out.
-        iterations: Lloyd steps.
+        iterations: Lloyd steps; all but the last two look at some of the keys (`cluster_keys`).
         attend: ``"all"``: every key that a query looks at is a neighbor, beside the budget. ``"topk"``: those with the
             highest exact ``q·k`` are, within the budget.
         summaries: attend to a summary of each cluster that is not opened. They cannot honour ``attn_mask`` and
@@ -56,11 +60,13 @@ class Clusters(NeighborSource):
     the band, which may reach into an earlier segment, is also in the summary of its cluster there.
     """
 
+    rebuilds = False
+
     def __init__(
         self,
         layer: LayerSpec,
         *,
-        levels: Sequence[Sequence[int]] = ((512, 16), (2048, 32)),
+        levels: Sequence[Sequence[int]] = ((512, 16), (2048, 32), (8192, 64)),
         keys: int | None = None,
         iterations: int = 5,
         attend: Attend = "all",
@@ -74,16 +80,27 @@ class Clusters(NeighborSource):
             raise ConfigError(f"clusters: iterations must be an integer >= 0, got {iterations!r}")
         self.levels, self.keys, self.iterations = _checked_levels(levels), keys, iterations
         self.attend, self.summaries = check_attend("clusters", attend), summaries
+        self.spread = 0.5 * layer.head_dim**-0.5
 
     def extra_repr(self) -> str:
         return f"levels={self.levels}, keys={self.keys}, attend={self.attend!r}, summaries={self.summaries}"
 
     def propose(self, ctx: RoutingContext) -> Proposal | list[Proposal]:
-        if ctx.num_keys <= self.layer.num_neighbors:
+        # where attention is causal, a query must not see more keys for want of later ones
+        few = self.layer.num_neighbors if not ctx.causal else min(self.layer.num_neighbors, self.levels[0][0])
+        if ctx.num_keys <= few:
             return Ranges.everything()  # all of them fit the budget; there is nothing to choose
+        if ctx.state is not None:
+            kept: KeptSegments = ctx.state
+            return kept.propose(
+                ctx, ctx.q, keys=self.keys, about=self.levels[0][1], spread=self.spread, attend=self.attend,
+                summaries=self.summaries,
+            )  # fmt: skip
         sizes = self._sizes(ctx)
         places = [Places.of(ctx, segment) for segment, _ in sizes]
         own, levels = places[0], []
+        # once for all levels; all of them place the keys alike
+        keys = ctx.shared_k.float().contiguous() if own.order is None else take(ctx.shared_k.float(), own.order)
         for i, (segment, cluster) in enumerate(sizes):
             here, first = places[i], None
             if not here.starts.shape[1]:
@@ -91,12 +108,10 @@ class Clusters(NeighborSource):
             if i + 1 < len(sizes):  # what is full on the next level is seen there
                 above = places[i + 1]
                 first = here.first + (above.stop - above.first) * (sizes[i + 1][0] // segment)
-            levels.append(self._level(ctx, here, segment, cluster, first))
+            levels.append(self._level(ctx, keys, here, segment, cluster, first))
         if not levels:
             return propose(ctx, own, None, attend=self.attend, summaries=False)
-        q = ctx.q.float()
-        q = torch.cat([q, q.square() * (0.5 * q.shape[-1] ** -0.5)], dim=-1)
-        opened = Opened.best(ctx, q, levels, keys=self.keys, about=sizes[0][1])
+        opened = Opened.best(ctx, ctx.q, levels, keys=self.keys, about=sizes[0][1], spread=self.spread)
         return propose(ctx, own, opened, attend=self.attend, summaries=self.summaries)
 
     def _sizes(self, ctx: RoutingContext) -> list[tuple[int, int]]:
@@ -108,25 +123,51 @@ class Clusters(NeighborSource):
         return [(max(1, ctx.num_keys // max(1, round(ctx.num_keys / segment))), cluster)]
 
     def _level(
-        self, ctx: RoutingContext, places: Places, segment: int, cluster: int, first: Tensor | None
+        self, ctx: RoutingContext, keys: Tensor, places: Places, segment: int, cluster: int, first: Tensor | None
     ) -> Level:
-        keys = ctx.shared_k if places.order is None else take(ctx.shared_k, places.order)
-        count = max(1, round(segment / cluster))
-        capacity = min(2 * cluster, self.keys)  # the best cluster must always fit
-        clusters = cluster_keys(keys, places.starts, segment, count, iterations=self.iterations, capacity=capacity)
-        level = Level.of(ctx, places, clusters, first)
-        members = level.members(ctx.num_keys)[:, :, None]
-        rows = ctx.shared_k.float()
-        mean, mean_square, _ = summarize_keys(rows, rows.square(), members, clusters.size.shape[2])
-        variance = (mean_square - mean.square()).clamp(min=0.0)
-        return replace(level, clusters=replace(clusters, centroids=torch.cat([mean, variance], dim=-1)))
+        """``keys``: by place, float32 ``[B, Hkv, M, D]``."""
+        return Level.of(ctx, places, self._cluster(keys, places.starts, segment, cluster), first)
+
+    def _cluster(self, keys: Tensor, starts: Tensor, segment: int, cluster: int) -> ClustersOfKeys:
+        count, capacity = self._pieces(segment, cluster)
+        coarse = max(0, self.iterations - _LAST_STEPS)
+        return cluster_keys(keys, starts, segment, count, iterations=self.iterations, coarse=coarse, capacity=capacity)
+
+    def _pieces(self, segment: int, cluster: int) -> tuple[int, int]:
+        """How many centroids a segment has, and the most keys of a cluster: the best one must always fit."""
+        return max(1, round(segment / cluster)), min(2 * cluster, self.keys)
+
+    # -- decoding: segments are clustered when they are full ----------------------------------------------------------
+
+    def init_state(self, ctx: RoutingContext) -> KeptSegments:
+        levels = [
+            (segment, cluster_slots(segment, *self._pieces(segment, cluster))) for segment, cluster in self.levels
+        ]
+        return KeptSegments(ctx, levels, self.layer.head_dim, variances=True)
+
+    def append(self, state: KeptSegments, ctx: RoutingContext) -> KeptSegments:
+        def cluster(level: int, keys: Tensor) -> ClustersOfKeys:
+            segment, keys_per_cluster = self.levels[level]
+            starts = torch.arange(0, keys.shape[2], segment, dtype=torch.int32, device=keys.device)[None]
+            return self._cluster(keys, starts, segment, keys_per_cluster)
+
+        state.append(ctx, cluster)
+        return state
+
+    def crop(self, state: KeptSegments, length: int) -> KeptSegments:
+        state.crop(length)
+        return state
+
+    def reorder(self, state: KeptSegments, index: Tensor) -> KeptSegments:
+        state.reorder(index)
+        return state
 
 
-def _checked_levels(levels: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+def _checked_levels(levels: object) -> list[tuple[int, int]]:
     def fail(what: str) -> ConfigError:
         return ConfigError(
-            f"clusters: levels must be pairs of keys of a segment and keys per cluster, such as [[512, 16], [2048, 32]];"
-            f" {what}"
+            "clusters: levels must be pairs of keys of a segment and keys per cluster, such as "
+            f"[[512, 16], [2048, 32]]; {what}"
         )
 
     if not isinstance(levels, Sequence) or isinstance(levels, str) or not levels:

@@ -23,7 +23,8 @@ _HOW_TO_GIVE = (
 
 
 class Edges(NeighborSource):
-    """An explicit adjacency. Queries and keys are rows of the call's q and k, counted from 0.
+    """An explicit adjacency. Queries and keys are rows of the call's q and k, counted from 0; where tokens are decoded
+    on a cache, positions in the whole sequence, and edges of tokens that are not there yet have to wait.
 
     Give the edges as an option, if every call has the same graph, or with each call:
     ``source_inputs={"edges": edge_index}``, ``{"edges": {"edge_index": ...}}`` or ``{"edges": {"csr": ...}}``, which
@@ -45,6 +46,8 @@ class Edges(NeighborSource):
     beside another, of another size.
     """
 
+    rebuilds = False
+
     edge_index: Tensor | None
 
     def __init__(
@@ -63,6 +66,8 @@ class Edges(NeighborSource):
 
     def propose(self, ctx: RoutingContext) -> Candidates:
         index, queries = self._given(ctx.inputs)
+        if ctx.decoding:
+            index, queries = _of_new_tokens(index.to(ctx.device), ctx.num_keys - ctx.num_queries, ctx.num_keys), None
         if queries is not None and queries != ctx.num_queries:
             raise ConfigError(
                 f"edges: csr indptr has {queries + 1} entries, so {queries} queries; this call has {ctx.num_queries}"
@@ -157,6 +162,15 @@ def _integers(values: Any, what: str) -> Tensor:
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise ConfigError(f"edges: {what} must be integers, got {tensor.dtype}")
     return tensor.long()
+
+
+def _of_new_tokens(index: Tensor, first: int, keys: int) -> Tensor:
+    """The edges of the queries at positions ``first .. keys``, with queries counted from ``first``."""
+    queries = index[-2]
+    here = (queries >= first) & (queries < keys) & (index[-1] < keys)
+    index = index[:, here].clone()
+    index[-2] -= first
+    return index
 
 
 def _check_range(values: Tensor, what: str, size: int) -> None:

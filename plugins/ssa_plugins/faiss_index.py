@@ -39,6 +39,9 @@ class FaissIndex(NeighborSource):
     remain after the router has dropped those that the band and the columns cover. (Keys that an ``attn_mask`` or a
     ``mask_mod`` forbids are found too, and dropped: such masks leave slots empty.)
 
+    Decoding adds each block to its index when the next one begins; `reorder` of a cache, and `crop` into an indexed block,
+    build the indices anew.
+
     Causal: nothing is computed from keys after the query. The keys are taken in blocks of positions; the queries of
     a block search the index of all earlier blocks, and their own block exactly.
 
@@ -57,6 +60,8 @@ class FaissIndex(NeighborSource):
         MissingExtraError: faiss is not installed. ConfigError: the string is none that faiss can build for this head
         dim and inner products, or an option that does not apply to it.
     """
+
+    rebuilds = False
 
     def __init__(
         self,
@@ -82,7 +87,9 @@ class FaissIndex(NeighborSource):
         self.block = block
 
     def propose(self, ctx: RoutingContext) -> Candidates:
-        queries, keys = _as_float32(ctx.q), _as_float32(ctx.shared_k)
+        kept = _Kept() if ctx.state is None else ctx.state
+        first = kept.blocks * self.block  # the keys before are in the indices
+        queries, keys = _as_float32(ctx.q), _as_float32(ctx.shared_k[:, :, first:])
         positions = ctx.positions.cpu().expand(ctx.batch, -1)
         count = min(self.layer.num_neighbors, ctx.num_keys)
         width = count + min(count, self.block) if ctx.causal else count
@@ -91,30 +98,46 @@ class FaissIndex(NeighborSource):
         group = ctx.graph_heads // keys.shape[1]
         enough = self.recipe.enough_keys if ctx.causal else self.recipe.fewest_keys
         for batch, rows, members in _documents(ctx):
+            members = members[members >= first]
             for kv_head in range(keys.shape[1]):
                 heads = slice(kv_head * group, (kv_head + 1) * group)
                 q = queries[batch, heads][:, rows].flatten(0, 1)  # [g · rows, D]
-                k = keys[batch, kv_head, members]
+                k = keys[batch, kv_head, members - first]
                 index = _KeyIndex(self.recipe, enough)
+                if ctx.decoding:
+                    index = kept.indices.setdefault((batch, kv_head), index)
                 if ctx.causal:
                     at = positions[batch, rows].repeat(group)
-                    result, scored = self._search_past(index, q, at, k, members, count, width)
+                    result, scored = self._search_past(index, kept.blocks, q, at, k, members, count, width)
                 else:
                     index.add(k, members)
                     result, scored = index.search(q, count)
                 found[batch, heads, rows] = result.unflatten(0, (group, -1))
                 compared = None if compared is None or scored is None else compared + scored
+        if ctx.decoding:
+            kept.blocks = int(positions.max()) // self.block
         return Candidates(found.to(ctx.device), keys_scored=compared)
 
+    def init_state(self, ctx: RoutingContext) -> _Kept:
+        return _Kept()
+
+    def append(self, state: _Kept, ctx: RoutingContext) -> _Kept:
+        return state  # keys join when the first query behind their block has come: earlier ones must not find them
+
+    def crop(self, state: _Kept, length: int) -> _Kept | None:
+        return state if state.blocks * self.block <= length else None
+
     def _search_past(
-        self, index: _KeyIndex, q: Tensor, at: Tensor, k: Tensor, members: Tensor, count: int, width: int
+        self, index: _KeyIndex, blocks: int, q: Tensor, at: Tensor, k: Tensor, members: Tensor, count: int, width: int
     ) -> tuple[Tensor, int | None]:
         """Search for each query at position ``at [n]`` the keys ``k [m, D]`` whose positions ``members [m]`` are not
-        after it, with an empty index. Returns: int32 ``[n, width]`` and the number of pairs compared."""
+        after it, and those of the first ``blocks`` blocks, which the index holds; it will hold all blocks before that
+        of the last query. Returns: int32 ``[n, width]`` and the number of pairs compared."""
         found = torch.full((q.shape[0], width), -1, dtype=torch.int32)
         compared: int | None = 0
         query_block, key_block = at // self.block, members // self.block
-        for number in range(int(query_block.max()) + 1 if q.shape[0] else 0):
+        last = int(query_block.max()) if q.shape[0] else -1
+        for number in range(blocks, last + 1):
             own = (key_block == number).nonzero()[:, 0]
             rows = (query_block == number).nonzero()[:, 0]
             if rows.numel():
@@ -123,11 +146,20 @@ class FaissIndex(NeighborSource):
                 found[rows, :count] = past
                 found[rows, count : count + here.shape[1]] = here
                 compared = None if compared is None or scored is None else compared + scored + scanned
-            index.add(k[own], members[own])
+            if number < last:
+                index.add(k[own], members[own])
         return found, compared
 
     def extra_repr(self) -> str:
         return f"index={self.recipe.factory!r}, block={self.block}"
+
+
+class _Kept:
+    """The indices of a cache, by batch element and KV head: they hold the first ``blocks`` blocks of positions."""
+
+    def __init__(self) -> None:
+        self.indices: dict[tuple[int, int], _KeyIndex] = {}
+        self.blocks = 0
 
 
 @dataclass(frozen=True)

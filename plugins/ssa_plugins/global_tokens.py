@@ -14,6 +14,8 @@ class GlobalTokens(NeighborSource):
             a position that the sequence has not reached is left out instead: clamped, it would move with every token.
     """
 
+    rebuilds = False
+
     def __init__(self, layer: LayerSpec, *, tokens: int = 2, indices: Sequence[int] | None = None) -> None:
         super().__init__(layer)
         if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
@@ -27,8 +29,9 @@ class GlobalTokens(NeighborSource):
         last = ctx.num_keys - 1
         if self.indices is None:
             return Columns(range(min(self.tokens, ctx.num_keys)))
-        present = [i for i in self.indices if i <= last] if ctx.causal else sorted({min(i, last) for i in self.indices})
-        return Columns(present)
+        if ctx.causal:
+            return Columns([i for i in self.indices if i <= last], slots=len(self.indices))
+        return Columns(sorted({min(i, last) for i in self.indices}))
 
 
 @hookimpl

@@ -30,6 +30,8 @@ class RandomLinks(NeighborSource):
         per_head: links of its own for every graph head; otherwise all heads share them.
     """
 
+    rebuilds = False
+
     def __init__(self, layer: LayerSpec, *, links: int = 3, per_head: bool = True) -> None:
         super().__init__(layer)
         if isinstance(links, bool) or not isinstance(links, int) or links < 1:

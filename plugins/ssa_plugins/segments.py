@@ -92,15 +92,14 @@ class Places:
             shift = opened.order.shape[2]
             order = torch.cat([opened.order, order], dim=2)
             start, end = torch.cat([opened.start, start + shift], dim=3), torch.cat([opened.end, end + shift], dim=3)
-        return Ranges(ctx.per_graph_head(order)[:, :, None], start[:, :, :, None].int(), end[:, :, :, None].int())
+        return Ranges(ctx.per_graph_head(order)[:, :, None], start[:, :, :, None], end[:, :, :, None])
 
     def whole(self, ctx: RoutingContext, opened: Opened | None) -> list[Proposal]:
         """The own keys and all keys of opened clusters."""
         proposals: list[Proposal] = [Spans(*self._own_span(ctx))]
         if opened is not None:
             order = ctx.per_graph_head(opened.order)[:, :, None]
-            start, end = opened.start[:, :, :, None].int(), opened.end[:, :, :, None].int()
-            proposals.append(Ranges(order, start, end, attend="all"))
+            proposals.append(Ranges(order, opened.start[:, :, :, None], opened.end[:, :, :, None], attend="all"))
         return proposals
 
     def _own_span(self, ctx: RoutingContext) -> tuple[Tensor, Tensor]:
@@ -185,35 +184,33 @@ class Opened:
     stop: Tensor
 
     @classmethod
-    def best(cls, ctx: RoutingContext, q: Tensor, levels: list[Level], *, keys: int, about: int) -> Opened:
+    def best(
+        cls, ctx: RoutingContext, q: Tensor, levels: list[Level], *, keys: int, about: int, spread: float = 0.0
+    ) -> Opened:
         """The clusters whose centroids fit each query best, up to ``keys`` keys.
 
         Args:
             q: what is compared with the centroids, ``[B, G, N, ..]``.
             about: usual size of the smallest clusters.
+            spread: what the variances of clusters count, as in `rank_clusters`.
         """
         numbers = [0, *itertools.accumulate(level.clusters.size.shape[2] for level in levels)]
         places = [0, *itertools.accumulate(level.order.shape[2] for level in levels)]
+        variances = [level.clusters.variances for level in levels if level.clusters.variances is not None]
         clusters = Clusters(
             torch.cat([level.order for level in levels], dim=2),
             torch.cat([level.clusters.start + at for level, at in zip(levels, places, strict=False)], dim=2),
             torch.cat([level.clusters.size for level in levels], dim=2),
             torch.cat([level.clusters.centroids for level in levels], dim=2),
+            torch.cat(variances, dim=2) if len(variances) == len(levels) else None,
         )
         first = torch.stack([level.first + at for level, at in zip(levels, numbers, strict=False)], dim=-1)
         stop = torch.stack([level.stop + at for level, at in zip(levels, numbers, strict=False)], dim=-1)
         first = torch.minimum(first, stop)
         # half the usual size on average would be uncommonly small
         most = max(1, -(-2 * keys // about))
-        opened = rank_clusters(q, clusters, (first, stop), keys, most)
-        chosen = opened.clamp(min=0).long()
-
-        def of_opened(table: Tensor) -> Tensor:
-            table = ctx.per_graph_head(table)[:, :, None].expand(-1, -1, ctx.num_queries, -1)
-            return torch.where(opened < 0, 0, table.gather(3, chosen))
-
-        start, size = of_opened(clusters.start), of_opened(clusters.size)
-        return cls(levels, clusters.order, opened, start, start + size, first, stop)
+        opened = rank_clusters(q, clusters, (first, stop), keys, most, spread)
+        return cls(levels, clusters.order, opened.numbers, opened.start, opened.end, first, stop)
 
     def summaries(self, num_keys: int) -> Summaries:
         """A summary of every cluster, for queries that see it and did not open it."""
@@ -253,7 +250,8 @@ def propose(
     ctx: RoutingContext, places: Places, opened: Opened | None, *, attend: Attend, summaries: bool
 ) -> list[Proposal]:
     """The own keys of every query and those of the clusters that it opened, and summaries of the others."""
-    proposals = places.whole(ctx, opened) if attend == "all" else [places.best_of(ctx, opened)]
+    proposals: list[Proposal] = []
+    proposals += places.whole(ctx, opened) if attend == "all" else [places.best_of(ctx, opened)]
     if summaries and opened is not None:
         proposals.append(opened.summaries(ctx.num_keys))
     return proposals

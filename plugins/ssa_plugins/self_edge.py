@@ -7,6 +7,7 @@ class SelfEdge(NeighborSource):
     """Every query attends the key at its own position."""
 
     needs_positions = True
+    rebuilds = False
 
     def propose(self, ctx: RoutingContext) -> Band:
         return Band(before=0, after=0)

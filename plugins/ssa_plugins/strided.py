@@ -31,6 +31,7 @@ class Strided(NeighborSource):
     """
 
     needs_positions = True
+    rebuilds = False
 
     def __init__(
         self,

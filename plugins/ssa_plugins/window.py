@@ -11,6 +11,7 @@ class Window(NeighborSource):
     """
 
     needs_positions = True
+    rebuilds = False
 
     def __init__(self, layer: LayerSpec, *, size: int = 8) -> None:
         super().__init__(layer)

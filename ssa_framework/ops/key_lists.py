@@ -33,8 +33,10 @@ def among(keys: Tensor, columns: Tensor, num_keys: int) -> Tensor:
 
 
 def expand_slices(order: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """``order [B or 1, G or 1, L]`` and slices ``[B or 1, G or 1, N, P]`` → their keys, int32
+    """``order [B or 1, G or Hkv or 1, L]`` and slices ``[B or 1, G or 1, N, P]`` → their keys, int32
     ``[B or 1, G or 1, N, K]``, slice by slice, -1 = empty at the end."""
+    if 1 < order.shape[1] < start.shape[1]:
+        order = order.repeat_interleave(start.shape[1] // order.shape[1], dim=1)
     sizes = (end - start).clamp(min=0).long()
     ends = sizes.cumsum(-1)
     total = ends[..., -1:] if ends.shape[-1] else ends.new_zeros((*ends.shape[:-1], 1))

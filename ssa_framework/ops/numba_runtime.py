@@ -93,8 +93,10 @@ class Kernel:
 def _types(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """What Numba compiles for, about; tuples of arguments taken apart."""
     return tuple(
-        (a.dtype.char, a.ndim) if isinstance(a, np.ndarray) else _types(a) if isinstance(a, tuple) else type(a)
-        for a in args
+        [  # a generator takes longer, and this runs for every call
+            (a.dtype.char, a.ndim) if type(a) is np.ndarray else _types(a) if isinstance(a, tuple) else type(a)
+            for a in args
+        ]
     )
 
 
@@ -227,3 +229,10 @@ def as_array(x: Tensor) -> np.ndarray[Any, Any]:
     if x.dtype in (torch.bfloat16, torch.float16):
         x = x.float()
     return x.contiguous().numpy()
+
+
+def as_matrices(x: Tensor) -> np.ndarray[Any, Any]:
+    """`as_array`, where each matrix ``x[.., :, :]`` has to be contiguous, but not all of them together: the keys of a
+    cache are seen in place."""
+    wide = x.dtype in (torch.float32, torch.float64)
+    return x.detach().numpy() if wide and x.stride()[-2:] == (x.shape[-1], 1) else as_array(x)

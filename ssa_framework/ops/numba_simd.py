@@ -12,13 +12,22 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba import extending
+from numba import extending, njit
 from numba.core import cgutils, types
 from numba.extending import models, register_model
 
-from ssa_framework.ops.numba_runtime import device_function
+from ssa_framework.ops.numba_runtime import FAST_MATH, device_function
 
 intrinsic: Any = extending.intrinsic  # typed as if the caller passed the typing context
+
+
+def inlined_function(function: Callable[..., Any]) -> Any:
+    """A `device_function` that is inlined however long it is: for what runs for every row of a tile.
+
+    Else each call would write its arrays to the stack, seven numbers each.
+    """
+    return njit(nogil=True, fastmath=FAST_MATH, error_model="numpy", forceinline=True)(function)
+
 
 LANES = {np.dtype(np.float32): 16, np.dtype(np.float64): 8}
 """Numbers in a vector; widths of tables are multiples of it."""
@@ -365,6 +374,165 @@ def row_by_matrix(
         _one_vector(x, start, dim, strip, first + done, stride, out, to + done)
 
 
+def _four_rows_by_columns(vectors: int) -> Any:
+    def typer(
+        typingctx: Any, x: Any, a: Any, b: Any, c: Any, d: Any, dim: Any, strip: Any, first: Any, stride: Any,
+        out: Any, to: Any, apart: Any,
+    ) -> Any:  # fmt: skip
+        vector, int64 = _Vector(x.dtype), types.int64
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            base = _pointer(context, builder, x, args[0])
+            rows = [builder.gep(base, [start]) for start in args[1:5]]
+            columns = builder.gep(_pointer(context, builder, strip, args[6]), [args[7]])
+            target = builder.gep(_pointer(context, builder, out, args[9]), [args[10]])
+            type_, i64 = _ir_type(vector), ir.IntType(64)
+            places = [ir.Constant(i64, v * vector.lanes) for v in range(vectors)]
+            totals = [[cgutils.alloca_once_value(builder, _constant(type_, 0.0)) for _ in places] for _ in rows]
+            zero, one = ir.Constant(i64, 0), ir.Constant(i64, 1)
+            with cgutils.for_range_slice(builder, zero, args[5], one, i64, inc=True) as (at, _):
+                line = builder.gep(columns, [builder.mul(at, args[8])])
+                numbers = [_load(builder, vector, line, place) for place in places]
+                _add_products(builder, type_, [builder.gep(row, [at]) for row in rows], numbers, totals)
+            for row, sums in enumerate(totals):
+                line = builder.gep(target, [builder.mul(ir.Constant(i64, row), args[11])])
+                _store_all(builder, vector, sums, line, places)
+            return context.get_dummy_value()
+
+        places = [int64] * 4
+        return types.void(x, *places, int64, strip, int64, int64, out, int64, int64), codegen
+
+    typer.__doc__ = f"""Four rows by {vectors} vectors of columns of a matrix: see `rows_by_matrix`."""
+    return intrinsic(typer)
+
+
+def _add_products(
+    builder: ir.IRBuilder, type_: ir.VectorType, factors: list[ir.Value], numbers: list[ir.Value], totals: Any
+) -> None:
+    for pointer, sums in zip(factors, totals, strict=True):
+        factor = _splat(builder, type_, builder.load(pointer))
+        for number, total in zip(numbers, sums, strict=True):
+            builder.store(_fma(builder, factor, number, builder.load(total)), total)
+
+
+def _store_all(builder: ir.IRBuilder, vector: _Vector, sums: Any, line: ir.Value, places: Any) -> None:
+    for total, place in zip(sums, places, strict=True):
+        pointer = builder.bitcast(builder.gep(line, [place]), _ir_type(vector).as_pointer())
+        builder.store(builder.load(total), pointer, align=vector.scalar.bitwidth // 8)
+
+
+def _four_sums_of_columns(vectors: int) -> Any:
+    def typer(
+        typingctx: Any, weights: Any, a: Any, b: Any, c: Any, d: Any, step: Any, rows: Any, begin: Any, end: Any,
+        table: Any, first: Any, width: Any, out: Any, to: Any, factors: Any, column: Any,
+    ) -> Any:  # fmt: skip
+        vector, int64 = _Vector(table.dtype), types.int64
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            type_, i64 = _ir_type(vector), ir.IntType(64)
+            pointers = {i: _pointer(context, builder, signature.args[i], args[i]) for i in (0, 6, 9, 12, 13, 14)}
+            sources = [builder.gep(pointers[0], [start]) for start in args[1:5]]
+            origin = builder.gep(pointers[9], [builder.add(args[10], args[15])])
+            places = [ir.Constant(i64, v * vector.lanes) for v in range(vectors)]
+            lines, totals = [], []
+            for row in range(4):
+                number = ir.Constant(i64, row)
+                place = builder.add(builder.load(builder.gep(pointers[13], [number])), args[15])
+                lines.append(builder.gep(pointers[12], [place]))
+                factor = _splat(builder, type_, builder.load(builder.gep(pointers[14], [number])))
+                before = [_load(builder, vector, lines[row], place) for place in places]
+                totals.append([cgutils.alloca_once_value(builder, builder.fmul(x, factor)) for x in before])
+            one = ir.Constant(i64, 1)
+            with cgutils.for_range_slice(builder, args[7], args[8], one, i64, inc=True) as (at, _):
+                row = builder.sext(builder.load(builder.gep(pointers[6], [at])), i64)
+                line = builder.gep(origin, [builder.mul(row, args[11])])
+                numbers = [_load(builder, vector, line, place) for place in places]
+                shift = builder.mul(at, args[5])
+                _add_products(builder, type_, [builder.gep(x, [shift]) for x in sources], numbers, totals)
+            for line, sums in zip(lines, totals, strict=True):
+                _store_all(builder, vector, sums, line, places)
+            return context.get_dummy_value()
+
+        signature = types.void(
+            weights, *[int64] * 5, rows, int64, int64, table, int64, int64, out, to, factors, int64
+        )  # fmt: skip
+        return signature, codegen
+
+    typer.__doc__ = f"""Four weighted sums of rows, {vectors} vectors of columns of them: see `add_four_sums`."""
+    return intrinsic(typer)
+
+
+_four_by_vectors = [_four_rows_by_columns(count) for count in (1, 2, 3, 4)]
+_four_by_one, _four_by_two, _four_by_three, _four_by_four = _four_by_vectors
+_sums_of_one, _sums_of_two, _sums_of_three, _sums_of_four = [_four_sums_of_columns(count) for count in (1, 2, 3, 4)]
+
+
+@device_function
+def rows_by_matrix(
+    x: Any, a: int, b: int, c: int, d: int, dim: int, strip: Any, first: int, stride: int, columns: int, out: Any,
+    to: int, apart: int,
+) -> None:  # fmt: skip
+    """The four rows of ``dim`` numbers that begin at ``x[a]``, .. ``x[d]``, by ``dim`` rows of a matrix.
+
+    The results begin at ``out[to]``, ``apart`` numbers from row to row. The rest is as in `row_by_matrix`; each number
+    is summed in the same order, wherever its row and column stand.
+    """
+    width = lanes(x)
+    done = 0
+    while columns - done >= 4 * width:
+        _four_by_four(x, a, b, c, d, dim, strip, first + done, stride, out, to + done, apart)
+        done += 4 * width
+    rest = (columns - done) // width
+    if rest == 3:
+        _four_by_three(x, a, b, c, d, dim, strip, first + done, stride, out, to + done, apart)
+    elif rest == 2:
+        _four_by_two(x, a, b, c, d, dim, strip, first + done, stride, out, to + done, apart)
+    elif rest == 1:
+        _four_by_one(x, a, b, c, d, dim, strip, first + done, stride, out, to + done, apart)
+
+
+@device_function
+def add_four_sums(
+    weights: Any, a: int, b: int, c: int, d: int, step: int, rows: Any, begin: int, end: int, table: Any, first: int,
+    width: int, out: Any, to: Any, factors: Any,
+) -> None:  # fmt: skip
+    """Four weighted sums of the same rows of a table, added to four rows of ``out`` that are multiplied first.
+
+    Row i of ``out``, ``out[to[i] : to[i] + width]``, becomes ``factors[i]`` times itself plus the sum of
+    ``weights[w + e · step]`` times row ``rows[e]`` over begin ≤ e < end, with w = a, b, c, d for i = 0 .. 3. The table
+    begins at ``table[first]``; its rows are ``width`` long, a multiple of `LANES`. Sums are added up in order of e.
+    """
+    size = lanes(table)
+    done = 0
+    while width - done >= 4 * size:
+        _sums_of_four(weights, a, b, c, d, step, rows, begin, end, table, first, width, out, to, factors, done)
+        done += 4 * size
+    rest = (width - done) // size
+    if rest == 3:
+        _sums_of_three(weights, a, b, c, d, step, rows, begin, end, table, first, width, out, to, factors, done)
+    elif rest == 2:
+        _sums_of_two(weights, a, b, c, d, step, rows, begin, end, table, first, width, out, to, factors, done)
+    elif rest == 1:
+        _sums_of_one(weights, a, b, c, d, step, rows, begin, end, table, first, width, out, to, factors, done)
+
+
+@intrinsic
+def only_lanes(typingctx: Any, vector: Any, low: Any, high: Any, otherwise: Any) -> Any:
+    """The lanes t with low ≤ t < high of a vector; the others become ``otherwise``."""
+    int32 = types.int32
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        numbers = ir.VectorType(ir.IntType(32), vector.lanes)
+        count = _mask(list(range(vector.lanes)))
+        inside = builder.and_(
+            builder.icmp_signed(">=", count, _splat(builder, numbers, args[1])),
+            builder.icmp_signed("<", count, _splat(builder, numbers, args[2])),
+        )
+        return builder.select(inside, args[0], _splat(builder, _ir_type(vector), args[3]))
+
+    return vector(vector, int32, int32, vector.scalar), codegen
+
+
 @intrinsic
 def copy_numbers(typingctx: Any, source: Any, at: Any, target: Any, to: Any, count: Any) -> Any:
     """``target[to : to + count] = source[at : at + count]``; they must not overlap."""
@@ -482,3 +650,167 @@ def copy_keys(typingctx: Any, source: Any, at: Any, target: Any, to: Any, bound:
         return builder.zext(builder.bitcast(inside, ir.IntType(16)), i64)
 
     return int64(source, int64, target, int64, int64), codegen
+
+
+TILE = 32
+"""Columns of a tile, float32: two vectors. With `TILE_ROWS` rows, sums fit the registers and none waits for another."""
+TILE_ROWS = 8
+
+
+def _products_with_tile(
+    builder: ir.IRBuilder, vector: _Vector, rows: ir.Value, stride: ir.Value, tile: ir.Value, dim: ir.Value,
+    begin: list[ir.Value],
+) -> list[list[ir.Value]]:  # fmt: skip
+    """Two vectors for each of `TILE_ROWS` rows: ``begin`` plus the sum of the row's numbers times lines of the tile."""
+    type_, i64 = _ir_type(vector), ir.IntType(64)
+    places = [ir.Constant(i64, v * vector.lanes) for v in range(TILE // vector.lanes)]
+    lines = [builder.gep(rows, [builder.mul(stride, ir.Constant(i64, row))]) for row in range(TILE_ROWS)]
+    totals = [[cgutils.alloca_once(builder, type_) for _ in places] for _ in lines]
+    for number, sums in zip(begin, totals, strict=True):
+        for total in sums:
+            builder.store(number, total)
+    with cgutils.for_range_slice(builder, ir.Constant(i64, 0), dim, ir.Constant(i64, 1), i64, inc=True) as (at, _):
+        columns = builder.gep(tile, [builder.mul(at, ir.Constant(i64, TILE))])
+        numbers = [_load(builder, vector, columns, place) for place in places]
+        _add_products(builder, type_, [builder.gep(line, [at]) for line in lines], numbers, totals)
+    return [[builder.load(total) for total in sums] for sums in totals]
+
+
+@intrinsic
+def rows_by_tile(
+    typingctx: Any, rows: Any, first: Any, stride: Any, tile: Any, at: Any, dim: Any, out: Any, to: Any, largest: Any,
+    there: Any,
+) -> Any:  # fmt: skip
+    """`TILE_ROWS` rows of ``dim`` numbers by a tile of as many lines of `TILE` columns, float32.
+
+    Row r begins at ``rows[first + r * stride]``, the tile at ``tile[at]``; products begin at ``out[to + r * TILE]``,
+    with -inf for NaN, and the largest of each column at ``largest[there]``. A column is computed in the same way
+    wherever it stands.
+    """
+    vector, int64 = _Vector(rows.dtype), types.int64
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        origin, columns, target, most = (
+            builder.gep(_pointer(context, builder, signature.args[i], args[i]), [args[i + 1]]) for i in (0, 3, 6, 8)
+        )
+        zeros = [_constant(_ir_type(vector), 0.0)] * TILE_ROWS
+        products = _products_with_tile(builder, vector, origin, args[2], columns, args[5], zeros)
+        lowest = _constant(_ir_type(vector), float("-inf"))
+        for v in range(TILE // vector.lanes):
+            best = lowest
+            for row, sums in enumerate(products):
+                product = _larger(builder, sums[v], lowest)
+                _store(builder, vector, product, target, ir.Constant(ir.IntType(64), row * TILE + v * vector.lanes))
+                best = _larger(builder, product, best)
+            _store(builder, vector, best, most, ir.Constant(ir.IntType(64), v * vector.lanes))
+        return context.get_dummy_value()
+
+    return types.void(rows, int64, int64, tile, int64, int64, out, int64, largest, int64), codegen
+
+
+@intrinsic
+def nearest_rows(
+    typingctx: Any, rows: Any, begin: Any, count: Any, stride: Any, tile: Any, at: Any, dim: Any, owner: Any, to: Any
+) -> Any:
+    """Which row has the largest product with each column of a tile, the first of equals.
+
+    The results are int32 ``owner[to : to + TILE]``. ``begin[r]`` is added to the products of row r, which begins at
+    ``rows[r * stride]``; a sum that is NaN or -inf is never the largest, and row 0 is if all are. There are ``count``
+    rows, a multiple of `TILE_ROWS`. Else as `rows_by_tile`.
+    """
+    vector, int64 = _Vector(rows.dtype), types.int64
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        type_, i64 = _ir_type(vector), ir.IntType(64)
+        numbers = ir.VectorType(ir.IntType(32), vector.lanes)
+        origin, bias = (_pointer(context, builder, signature.args[i], args[i]) for i in (0, 1))
+        columns = builder.gep(_pointer(context, builder, tile, args[4]), [args[5]])
+        vectors = range(TILE // vector.lanes)
+        best = [cgutils.alloca_once_value(builder, _constant(type_, float("-inf"))) for _ in vectors]
+        found = [cgutils.alloca_once_value(builder, ir.Constant(numbers, [0] * vector.lanes)) for _ in vectors]
+        step = ir.Constant(i64, TILE_ROWS)
+        with cgutils.for_range_slice(builder, ir.Constant(i64, 0), args[2], step, i64, inc=True) as (first, _):
+            line = builder.gep(origin, [builder.mul(first, args[3])])
+            places = [builder.add(first, ir.Constant(i64, row)) for row in range(TILE_ROWS)]
+            starts = [_splat(builder, type_, builder.load(builder.gep(bias, [place]))) for place in places]
+            products = _products_with_tile(builder, vector, line, args[3], columns, args[6], starts)
+            for row, sums in enumerate(products):
+                number = _splat(builder, numbers, builder.trunc(places[row], ir.IntType(32)))
+                for v in vectors:
+                    larger = builder.fcmp_ordered(">", sums[v], builder.load(best[v]))
+                    builder.store(builder.select(larger, sums[v], builder.load(best[v])), best[v])
+                    builder.store(builder.select(larger, number, builder.load(found[v])), found[v])
+        target = builder.gep(_pointer(context, builder, owner, args[7]), [args[8]])
+        for v in vectors:
+            _store(builder, vector, builder.load(found[v]), target, ir.Constant(i64, v * vector.lanes))
+        return context.get_dummy_value()
+
+    return types.void(rows, begin, int64, int64, tile, int64, int64, owner, int64), codegen
+
+
+@intrinsic
+def largest_line(typingctx: Any, numbers: Any, count: Any, best: Any, where: Any) -> Any:
+    """The largest of each column of ``count`` lines of `TILE` float32, and the first line that holds it, int32.
+
+    -inf and line 0 where no number is larger than -inf.
+    """
+    vector, int64 = _Vector(numbers.dtype), types.int64
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        type_, i64 = _ir_type(vector), ir.IntType(64)
+        whole = ir.VectorType(ir.IntType(32), vector.lanes)
+        origin, values, lines = (_pointer(context, builder, signature.args[i], args[i]) for i in (0, 2, 3))
+        vectors = range(TILE // vector.lanes)
+        largest = [cgutils.alloca_once_value(builder, _constant(type_, float("-inf"))) for _ in vectors]
+        found = [cgutils.alloca_once_value(builder, ir.Constant(whole, [0] * vector.lanes)) for _ in vectors]
+        one = ir.Constant(i64, 1)
+        with cgutils.for_range_slice(builder, ir.Constant(i64, 0), args[1], one, i64, inc=True) as (at, _):
+            line = builder.gep(origin, [builder.mul(at, ir.Constant(i64, TILE))])
+            number = _splat(builder, whole, builder.trunc(at, ir.IntType(32)))
+            for v in vectors:
+                value = _load(builder, vector, line, ir.Constant(i64, v * vector.lanes))
+                larger = builder.fcmp_ordered(">", value, builder.load(largest[v]))
+                builder.store(builder.select(larger, value, builder.load(largest[v])), largest[v])
+                builder.store(builder.select(larger, number, builder.load(found[v])), found[v])
+        for v in vectors:
+            place = ir.Constant(i64, v * vector.lanes)
+            _store(builder, vector, builder.load(largest[v]), values, place)
+            _store(builder, vector, builder.load(found[v]), lines, place)
+        return context.get_dummy_value()
+
+    return types.void(numbers, int64, best, where), codegen
+
+
+@intrinsic
+def drop_largest(typingctx: Any, numbers: Any, at: Any, largest: Any, there: Any) -> Any:
+    """Take the largest of one column of `TILE_ROWS` lines of `TILE` float32, which ``largest[there]`` says.
+
+    The first line that holds it becomes -inf, and ``largest[there]`` the largest of the others; returns the line. The
+    column begins at ``numbers[at]``; none of its numbers is NaN.
+    """
+    int64 = types.int64
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        i64, lowest = ir.IntType(64), ir.Constant(ir.FloatType(), float("-inf"))
+        column, most = (
+            builder.gep(_pointer(context, builder, signature.args[i], args[i]), [args[i + 1]]) for i in (0, 2)
+        )
+        taken, found, others = builder.load(most), ir.Constant(i64, 0), []
+        values = [builder.load(builder.gep(column, [ir.Constant(i64, row * TILE)])) for row in range(TILE_ROWS)]
+        for row in reversed(range(TILE_ROWS)):
+            found = builder.select(builder.fcmp_ordered("==", values[row], taken), ir.Constant(i64, row), found)
+        for row, value in enumerate(values):
+            same = builder.icmp_signed("==", found, ir.Constant(i64, row))
+            others.append(builder.select(same, lowest, value))
+        while len(others) > 1:
+            others = [_larger(builder, a, b) for a, b in zip(others[::2], others[1::2], strict=True)]
+        builder.store(lowest, builder.gep(column, [builder.mul(found, ir.Constant(i64, TILE))]))
+        builder.store(others[0], most)
+        return found
+
+    return int64(numbers, int64, largest, int64), codegen
+
+
+def _store(builder: ir.IRBuilder, vector: _Vector, value: ir.Value, pointer: ir.Value, offset: ir.Value) -> None:
+    place = builder.bitcast(builder.gep(pointer, [offset]), value.type.as_pointer())
+    builder.store(value, place, align=vector.scalar.bitwidth // 8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import pytest
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ssa_framework.attention import sparse_attention
+from ssa_framework.cache import LayerCache
 from ssa_framework.config import SSAConfig
+from ssa_framework.decoding import attend_cached
 from ssa_framework.errors import ConfigError, UnknownOptionError
 from ssa_framework.graph import NeighborGraph
 from ssa_framework.proposals import Band, Candidates, Proposal, Ranges, validate_proposals
@@ -18,6 +20,20 @@ from ssa_framework.registry import SourceRegistry, default_registry
 from ssa_framework.router import Router, layer_spec
 from ssa_framework.source import NeighborSource, RoutingContext, create_source
 from ssa_framework.testing.inputs import CASES, AttentionInputs, graph_attention, make_inputs
+
+DECODE_CHUNKS: Mapping[str, tuple[int, ...]] = {
+    "token-by-token": (1,) * 65,
+    "chunks": (7, 1, 1, 23, 2, 1, 17, 13),
+    "prompt-then-tokens": (40, *(1,) * 25),
+    "at-once": (65,),
+}
+"""Lengths of the calls in which the contract decodes 65 tokens."""
+
+_DECODE_CASES: Mapping[str, Mapping[str, Any]] = {
+    "one-document": {"queries": 65, "causal": True},
+    "multi-query": {"queries": 65, "kv_heads": 1, "causal": True},
+    "padded": {"queries": 65, "causal": True, "padded": True, "batch": 3},
+}
 
 
 class SourceContract:
@@ -267,6 +283,97 @@ class SourceContract:
         assert bool(same_graph.all()), f"changing {what} changes the neighbors of others"
         same_output = (before[0] == after[0]) | ~rows
         assert bool(same_output.all()), f"changing {what} changes the output of others"
+
+    # -- decoding ------------------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("graph_heads", ["query", "kv"])
+    @pytest.mark.parametrize("chunks", DECODE_CHUNKS)
+    @pytest.mark.parametrize("case", ["one-document", "multi-query", "padded"])
+    def test_decode_equals_prefill(self, case: str, chunks: str, graph_heads: str) -> None:
+        """Tokens that join a cache one by one, in chunks or all at once have the neighbors and the output that they
+        have in one call without a cache."""
+        inputs = make_inputs(**_DECODE_CASES[case])
+        if self.refuses(inputs, graph_heads=graph_heads):
+            return
+        router, cache = self.router(inputs, graph_heads=graph_heads), LayerCache()
+        decoded = self.decode(router, cache, inputs, DECODE_CHUNKS[chunks])
+        self._assert_decoded(decoded, self._prefill(router, inputs), inputs)
+
+    @pytest.mark.parametrize("case", ["one-document", "padded"])
+    def test_crop_forgets(self, case: str) -> None:
+        """After `LayerCache.crop` other tokens may follow, and get what they get behind the tokens that remain."""
+        inputs = make_inputs(**_DECODE_CASES[case])
+        if self.refuses(inputs):
+            return
+        router, cache = self.router(inputs), LayerCache()
+        tail = torch.arange(inputs.keys) >= 30
+        self.decode(router, cache, inputs.changed(tail.expand(inputs.batch, -1), _shifted(inputs)), (50, 3, 1, 11))
+        expected = self._prefill(router, inputs)
+        for kept, chunks in ((47, ()), (30, (1, 2, 30, 2)), (64, (1,)), (7, (9, 40, 1, 8)), (0, (65,))):
+            cache.crop(kept)
+            if chunks:
+                decoded = self.decode(router, cache, inputs, chunks)
+                self._assert_decoded(decoded, expected, inputs, first=kept)
+
+    @pytest.mark.parametrize("case", ["one-document", "padded"])
+    def test_reorder_moves_batch_elements(self, case: str) -> None:
+        """After `LayerCache.reorder` every batch element goes on with the past of the element that it was made of."""
+        inputs = make_inputs(**_DECODE_CASES[case])
+        if self.refuses(inputs):
+            return
+        for order in ((1, 0, *range(2, inputs.batch)), (1, 1, 0, 1), (1,)):
+            router, cache = self.router(inputs), LayerCache()
+            self.decode(router, cache, inputs, (20, 1, 19))
+            cache.reorder(order)
+            moved = inputs.elements(order)
+            decoded = self.decode(router, cache, moved, (1, 3, 21))
+            self._assert_decoded(decoded, self._prefill(router, moved), moved, first=40)
+
+    def decode(
+        self, router: Router, cache: LayerCache, inputs: AttentionInputs, chunks: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Append the tokens of ``inputs`` behind those that are cached, in chunks of these lengths.
+
+        Returns: their output ``[B, H, N, D]``, and their neighbors, bool ``[B, H, N, M]``.
+        """
+        outs, masks = [], []
+        told = self.source_inputs(inputs)
+        for length in chunks:
+            rows = slice(cache.length, cache.length + length)
+            keep = inputs.key_padding_mask
+            out, graph = attend_cached(
+                router,
+                cache,
+                *(x[:, :, rows] for x in (inputs.q, inputs.k, inputs.v)),
+                key_keep=None if keep is None else keep[:, rows],
+                source_inputs=None if told is None else {self.source: told},
+            )
+            assert graph is not None
+            graph.validate()
+            outs.append(out)
+            masks.append(torch.nn.functional.pad(graph.to_dense_mask(), (0, inputs.keys - cache.length)))
+        return torch.cat(outs, dim=2), torch.cat(masks, dim=2)
+
+    def _prefill(self, router: Router, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        graph = self.route(router, inputs)
+        out = sparse_attention(inputs.q, inputs.k, inputs.v, enable_gqa=True, graph=graph)
+        return out, graph.to_dense_mask()
+
+    def _assert_decoded(
+        self, decoded: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], inputs: AttentionInputs, first: int = 0
+    ) -> None:
+        """What real tokens from ``first`` on have got."""
+        out, mask = (x[:, :, first:] for x in expected)
+        real = torch.ones((inputs.batch, inputs.keys), dtype=torch.bool)
+        if inputs.key_padding_mask is not None:
+            real = inputs.key_padding_mask
+        rows = real[:, first:, None].expand(-1, -1, mask.shape[1]).transpose(1, 2)
+        wrong = ((decoded[1] != mask).any(-1) & rows).nonzero()
+        assert not wrong.numel(), (
+            f"source {self.source!r}: token {int(wrong[0, 2]) + first} has other neighbors on a cache than in one call "
+            f"(batch element {int(wrong[0, 0])}, head {int(wrong[0, 1])})"
+        )
+        torch.testing.assert_close(decoded[0][rows], out[rows], rtol=0, atol=1e-6)
 
     # -- repeatability -------------------------------------------------------------------------------------------
 

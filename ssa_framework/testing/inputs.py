@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,6 +81,19 @@ class AttentionInputs:
         """The same call with q, k and v as leaves that collect gradients."""
         q, k, v = (x.detach().clone().requires_grad_(True) for x in (self.q, self.k, self.v))
         return replace(self, q=q, k=k, v=v)
+
+    def elements(self, batch: Sequence[int]) -> AttentionInputs:
+        """The same call for these batch elements, which may repeat."""
+        index = torch.tensor(batch)
+        keep, ids = self.key_padding_mask, self.segment_ids
+        return replace(
+            self,
+            q=self.q[index],
+            k=self.k[index],
+            v=self.v[index],
+            key_padding_mask=None if keep is None else keep[index],
+            segment_ids=None if ids is None else ids[index],
+        )
 
     def changed(self, tokens: Tensor, values: float | Tensor) -> AttentionInputs:
         """The same call with other vectors for some tokens of self-attention.

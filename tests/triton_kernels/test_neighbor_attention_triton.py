@@ -21,6 +21,7 @@ from ssa_framework.ops.neighbor_attention import (
     triton_support,
 )
 from ssa_framework.ops.neighbor_attention.parts import GraphParts
+from test_attention_parts import slices_of, spans_of, summaries_of
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 EPSILON = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -62,15 +63,21 @@ def run_triton(inputs: list[Tensor], parts: GraphParts, grads: tuple[Tensor, Ten
     out, lse = triton_cuda.forward(*inputs, parts, fp32_weights=False, **options)
     got = triton_cuda.backward(*grads, *inputs, out, lse, parts, **options)
     assert [x.dtype for x in got[:3]] == [x.dtype for x in inputs]
-    return [out, lse, *got[:3]]
+    assert [x.dtype for x in got[4:]] == [torch.float32] * 2
+    return [out, lse, *got[:3], *(got[4:] if parts.summary_k is not None else ())]
 
 
 def run_reference(inputs: list[Tensor], parts: GraphParts, grads: tuple[Tensor, Tensor], scale: float) -> list[Tensor]:
-    leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    out, lse = reference.forward(*leaves, parts, scale=scale, dropout_p=0.0, fp32_weights=False)
+    summaries = [x for x in (parts.summary_k, parts.summary_v) if x is not None]
+    leaves = [x.detach().clone().requires_grad_() for x in (*inputs, *summaries)]
+    parts = replace(parts, **dict(zip(("summary_k", "summary_v"), leaves[3:], strict=False)))
+    out, lse = reference.forward(*leaves[:3], parts, scale=scale, dropout_p=0.0, fp32_weights=False)
     reachable = torch.where(lse == -torch.inf, 0.0, lse)  # its gradient is 0, that of -inf would be NaN
     total = (out * grads[0].to(out.dtype)).sum() + (reachable * grads[1].to(lse.dtype)).sum()
     return [out.detach(), lse.detach(), *torch.autograd.grad(total, leaves)]
+
+
+NAMES = ("out", "lse", "grad_q", "grad_k", "grad_v", "grad_summary_k", "grad_summary_v")
 
 
 def check(inputs: list[Tensor], parts: GraphParts, scale: float = 0.3) -> list[Tensor]:
@@ -80,15 +87,21 @@ def check(inputs: list[Tensor], parts: GraphParts, scale: float = 0.3) -> list[T
     grads = (torch.randn(out_shape).to(q.dtype), torch.randn(q.shape[:3]))
     got = run_triton(inputs, parts, grads, scale)
     same = run_reference(inputs, parts, grads, scale)
-    exact = run_reference([x.double() for x in inputs], parts, (grads[0].double(), grads[1].double()), scale)
+    doubled = ("summary_k", "summary_v", "summary_log_weight")
+    there = {name: getattr(parts, name).double() for name in doubled if getattr(parts, name) is not None}
+    exact = run_reference(
+        [x.double() for x in inputs], replace(parts, **there), (grads[0].double(), grads[1].double()), scale
+    )
     empty = exact[1] == -torch.inf
     assert torch.equal(got[1] == -torch.inf, empty)
     assert bool((got[0][empty] == 0).all())
-    for name, a, b, c in zip(("out", "lse", "grad_q", "grad_k", "grad_v"), got, same, exact, strict=True):
+    for name, a, b, c in zip(NAMES, got, same, exact, strict=False):
         if name == "lse":
             a, b, c = (x.masked_fill(empty, 0.0) for x in (a, b, c))
         own = float((b.double() - c).norm())
-        floor = EPSILON[q.dtype] * float(c.norm()) if name != "lse" else 1e-6 * float(c.norm())
+        # scores of summaries, which are rounded like keys, are part of the lse
+        rounded = name != "lse" or parts.summary_k is not None
+        floor = (EPSILON[q.dtype] if rounded else 1e-6) * float(c.norm())
         assert bool(a.isfinite().all()), name
         error = float((a.double() - c).norm())
         assert error <= 3 * own + 2 * floor + 1e-12, f"{name}: error {error}, reference {own}, floor {floor}"
@@ -201,6 +214,132 @@ def test_fp32_weights_are_closer_to_exact() -> None:
 def test_same_inputs_give_the_same_bits(monkeypatch: pytest.MonkeyPatch, name: str, value: int) -> None:
     monkeypatch.setattr(f"ssa_framework.ops.neighbor_attention.triton_invert.{name}", value)
     parts = replace(MIX, neighbors=lists((2, 2), 5, 41, 20, MIX))
+    torch.manual_seed(1)
+    first = check(tensors(), parts)
+    torch.manual_seed(1)
+    again = check(tensors(), parts)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def with_spans(parts: GraphParts, queries: int, keys: int, length: int = 16, batch: int = 2) -> GraphParts:
+    start, end = spans_of(queries, keys, parts.query_offset, length, batch)
+    return replace(parts, span_start=start, span_end=end)
+
+
+def with_slices(
+    parts: GraphParts, heads: int, queries: int, keys: int, per_query: int = 3, batch: int = 2, repeats: int = 1
+) -> GraphParts:
+    """``repeats`` permutations of the keys one behind the other, of which each query attends slices of one."""
+    order = torch.stack([torch.randperm(keys) for _ in range(batch * heads * repeats)]).view(batch, heads, -1).int()
+    start, end = slices_of(order[..., :keys], heads, queries, per_query, batch)
+    shift = torch.randint(0, repeats, (batch, heads, queries, 1)).int() * keys
+    return replace(parts, slice_order=order, slice_start=start + shift, slice_end=end + shift)
+
+
+def with_summaries(
+    parts: GraphParts,
+    heads: tuple[int, int],
+    count: int,
+    queries: int,
+    dims: tuple[int, int] = (16, 16),
+    levels: int = 1,
+    batch: int = 2,
+) -> GraphParts:
+    return replace(parts, **summaries_of(heads, count, queries, dims, torch.float32, batch, levels))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("graph_heads", [4, 2], ids=["per-head", "per-group"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_everything_at_once(graph_heads: int, causal: bool, dtype: torch.dtype) -> None:
+    parts = replace(MIX, causal=causal, query_offset=20)
+    parts = with_slices(with_spans(parts, 6, 41), graph_heads, 6, 41, repeats=2)
+    parts = with_summaries(parts, (graph_heads, 2), 70, 6, levels=graph_heads // 2)
+    check(tensors(6, dtype=dtype), parts)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("mask_batch", [1, 2])
+def test_masked_parts(mask_batch: int, causal: bool) -> None:
+    segments = (torch.arange(41).expand(mask_batch, -1) // 9).int()
+    masks = {
+        "key_keep": torch.rand(mask_batch, 41) > 0.3,
+        "query_segments": segments[:, 25:31],
+        "key_segments": segments,
+    }
+    parts = with_slices(with_spans(replace(MIX, causal=causal, query_offset=25), 6, 41), 2, 6, 41)
+    check(tensors(6), replace(parts, **masks))
+    parts = with_spans(GraphParts(causal=causal, query_offset=25), 6, 41, batch=mask_batch)
+    check(tensors(6), replace(parts, **masks))
+    check(tensors(6), replace(parts, key_keep=masks["key_keep"]))
+
+
+ALONE = {
+    "spans": lambda heads, queries, keys, dims: with_spans(GraphParts(causal=True), queries, keys, 100, 1),
+    "slices": lambda heads, queries, keys, dims: with_slices(GraphParts(), heads[1], queries, keys, batch=1),
+    "summaries": lambda heads, queries, keys, dims: with_summaries(
+        GraphParts(), heads, 150, queries, dims, levels=2, batch=1
+    ),
+}
+
+
+@pytest.mark.parametrize("part", ALONE)
+@pytest.mark.parametrize("dims", [(32, 32), (64, 5), (96, 96), (128, 128)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_one_part_alone(part: str, dims: tuple[int, int], dtype: torch.dtype) -> None:
+    queries, heads = 5 if part == "slices" else 90, (3, 1)
+    parts = ALONE[part](heads, queries, 150, dims)
+    inputs = tensors(queries, 150, heads, *dims, batch=1, dtype=dtype)
+    check(inputs, parts, scale=dims[0] ** -0.5)
+
+
+def test_more_blocks_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks of queries and of keys; few programs, so that a block of keys takes all queries itself."""
+    monkeypatch.setattr("ssa_framework.ops.neighbor_attention.triton_cuda._PROGRAMS", 1)
+    parts = with_spans(GraphParts(causal=True), 150, 150, 40, batch=1)
+    parts = with_summaries(parts, (1, 1), 130, 150, batch=1)
+    check(tensors(150, 150, (2, 1), batch=1), parts)
+
+
+@pytest.mark.parametrize("size", [1, 40])
+def test_slices_of_every_length(size: int) -> None:
+    """From one key to several blocks; a slice that ends far behind the blocks that begin between."""
+    start = torch.arange(4).int().view(1, 1, 1, 4) * size + torch.arange(3).int().view(1, 1, 3, 1)
+    end = start + size
+    end[..., 0, :] = start[..., 0, :]
+    end[0, 0, 2] = torch.tensor([160, 0, 0, 0])
+    order = torch.randperm(163).int()[None, None]
+    check(tensors(3, 163, (2, 1), batch=2), GraphParts(slice_order=order, slice_start=start, slice_end=end))
+
+
+def test_broadcast_parts() -> None:
+    """One order for all batch elements and heads, of slices of each head; expanded tensors; no opened summaries."""
+    parts = with_slices(with_spans(GraphParts(), 5, 41, batch=1), 4, 5, 41)
+    order = parts.slice_order[:1, :1].expand(2, 4, -1)
+    parts = with_summaries(replace(parts, slice_order=order), (1, 2), 20, 5)
+    first, stop = (
+        x[:1].transpose(1, 2).contiguous().transpose(1, 2) for x in (parts.summary_first, parts.summary_stop)
+    )
+    parts = replace(
+        parts, summary_first=first, summary_stop=stop.contiguous(), span_end=parts.span_end.expand(2, -1)[:1]
+    )
+    check(tensors(), replace(parts, summary_opened=parts.summary_opened[:1]))
+    check(tensors(), replace(parts, summary_opened=None))
+
+
+def test_parts_that_hold_nothing() -> None:
+    nothing = torch.zeros((1, 5), dtype=torch.int32)
+    parts = GraphParts(span_start=nothing, span_end=nothing)
+    check(tensors(), with_summaries(parts, (2, 2), 0, 5))
+    slices = nothing[:, None, :, None]
+    parts = replace(parts, slice_order=torch.arange(41).int()[None, None], slice_start=slices, slice_end=slices)
+    check(tensors(), with_summaries(parts, (2, 2), 3, 5))
+    check(tensors(keys=0), with_summaries(with_spans(GraphParts(), 5, 0), (2, 2), 9, 5))
+
+
+def test_all_parts_give_the_same_bits_again() -> None:
+    parts = with_slices(with_spans(replace(MIX, query_offset=20), 5, 41), 2, 5, 41, repeats=3)
+    parts = with_summaries(parts, (2, 2), 30, 5)
     torch.manual_seed(1)
     first = check(tensors(), parts)
     torch.manual_seed(1)

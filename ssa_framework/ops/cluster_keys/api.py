@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,9 @@ from ssa_framework.errors import BackendUnavailableError, ConfigError, ShapeErro
 from ssa_framework.ops.cluster_keys import torch_lloyd
 from ssa_framework.ops.cluster_keys.types import Clusters, cluster_capacity
 
-_BACKENDS = ("auto", "numba", "torch")
+_BACKENDS = ("auto", "numba", "torch", "triton")
+_COARSE_KEYS = 8
+"""Keys per centroid in a coarse step. Fewer make worse clusters."""
 
 
 @torch.no_grad()
@@ -20,6 +24,7 @@ def cluster_keys(
     clusters: int,
     *,
     iterations: int = 5,
+    coarse: int = 0,
     capacity: int | None = None,
     backend: str = "auto",
 ) -> Clusters:
@@ -30,14 +35,17 @@ def cluster_keys(
     moves every centroid to the mean of its keys; one without keys stays. Keys are then given out once more, and a
     cluster of n keys is cut by position into ``ceil(n / capacity)`` clusters of about equal size.
 
+    The first ``coarse`` of the steps look at keys at even distances only, about eight for each centroid.
+
     What comes out for a segment depends on its keys alone, bit for bit, whatever else is in the call.
 
     Args:
         k: ``[B, Hkv, M, D]``, any floating dtype, clustered in float32.
         starts: int32 ``[B or 1, F]``, the first key of each segment; -1 = a segment that is not used.
         length: L, keys of a segment. clusters: centroids of a segment, at most L.
-        iterations: Lloyd steps. capacity: the most keys of a cluster; None = twice the mean.
-        backend: ``"auto"``, ``"numba"`` (CPU) or ``"torch"``.
+        iterations: Lloyd steps. coarse: how many of them, the first ones, look at some of the keys.
+        capacity: the most keys of a cluster; None = twice the mean.
+        backend: ``"auto"``, ``"numba"`` (CPU), ``"triton"`` (CUDA) or ``"torch"``.
 
     Returns:
         `Clusters`, with ``cluster_slots(length, clusters, capacity)`` slots per segment.
@@ -55,19 +63,40 @@ def cluster_keys(
     capacity = cluster_capacity(length, clusters, capacity)
     if iterations < 0:
         raise ConfigError(f"iterations must be 0 or more, got {iterations}")
+    if not 0 <= coarse <= iterations:
+        raise ConfigError(f"coarse must be 0 to {iterations}, one of the iterations, got {coarse}")
     _check_reach(starts, k.shape[2], length)
     if backend not in _BACKENDS:
         raise BackendUnavailableError(f"backend {backend!r} cannot cluster keys; use one of {', '.join(_BACKENDS)}")
     # computed once for all implementations: they would not round alike
     initial = torch.linspace(0, length - 1, clusters).to(torch.int32)
+    stride = max(1, length // (_COARSE_KEYS * clusters))
+    steps = [-(-length // stride)] * coarse + [length] * (iterations - coarse)
     on_cpu = k.device.type == "cpu"
     if backend == "numba" and not on_cpu:
         raise BackendUnavailableError(f"backend 'numba' serves CPU tensors, got {k.device}; use backend='auto'")
     if backend in ("auto", "numba") and on_cpu:
         from ssa_framework.ops.cluster_keys import numba_cpu  # Numba takes a moment to import
 
-        return numba_cpu.cluster(k, starts, length, initial, iterations, capacity)
-    return torch_lloyd.cluster(k, starts, length, initial, iterations, capacity)
+        return numba_cpu.cluster(k, starts, length, initial, steps, stride, capacity)
+    if backend == "triton" or (backend == "auto" and k.device.type == "cuda"):
+        reason = _why_not_triton(k, clusters)
+        if reason is None:
+            from ssa_framework.ops.cluster_keys import triton_cuda
+
+            return triton_cuda.cluster(k, starts, length, initial, steps, stride, capacity)
+        if backend == "triton":
+            raise BackendUnavailableError(f"backend 'triton' cannot cluster here: {reason}; use backend='auto'")
+    return torch_lloyd.cluster(k, starts, length, initial, steps, stride, capacity)
+
+
+def _why_not_triton(k: Tensor, clusters: int) -> str | None:
+    spec = find_spec("triton")
+    if spec is None or spec.origin is None:
+        return "the package triton is not installed"
+    from ssa_framework.ops.cluster_keys import triton_cuda  # Triton takes a moment to import
+
+    return triton_cuda.why_not(k, clusters)
 
 
 def _check_reach(starts: Tensor, keys: int, length: int) -> None:

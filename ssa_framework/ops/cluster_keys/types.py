@@ -22,12 +22,15 @@ class Clusters:
         start, size: int32 ``[B, Hkv, F * C]``; the keys of a cluster are ``order[start : start + size]``. Both are 0
             in an empty slot.
         centroids: float32 ``[B, Hkv, F * C, D]``, the mean key of each cluster; zeros in an empty slot.
+        variances: float32 ``[B, Hkv, F * C, D]``, of each coordinate over the keys of a cluster (their mean squared
+            distance from the mean); zeros in an empty slot; ``None`` where nobody asked for them.
     """
 
     order: Tensor
     start: Tensor
     size: Tensor
     centroids: Tensor
+    variances: Tensor | None = None
 
 
 def cluster_capacity(length: int, clusters: int, capacity: int | None = None) -> int:

@@ -86,6 +86,7 @@ def neighbor_attention(
     fp32_weights: bool = False,
     backend: str = "auto",
     dense: bool = False,
+    zero_padding: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention of each query over its neighbors.
 
@@ -99,6 +100,7 @@ def neighbor_attention(
         backend: ``"auto"`` (``"numba"`` on a CPU, ``"triton"`` on CUDA where it serves the call, else ``"torch"``) or
             one of `available_backends`.
         dense: a full graph may be computed by torch's dense attention, which returns no ``lse``.
+        zero_padding: the keys and values are those of a cache: padded ones are zeros, and nothing is differentiable.
 
     Returns:
         ``out [B, H, N, Dv]`` in the dtype of ``q`` and the log-sum-exp of the scores ``lse [B, H, N]`` (float32, or
@@ -114,7 +116,8 @@ def neighbor_attention(
     if not 0.0 <= dropout_p < 1.0:
         raise ConfigError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    k, v = _without_padding(k, v, graph)
+    if not zero_padding:
+        k, v = _without_padding(k, v, graph)
     if dense and backend == "auto" and graph.is_full and q.numel() and k.numel():
         return dense_attention(q, k, v, graph, scale=scale, dropout_p=dropout_p), None
     if backend == "reference":
@@ -126,8 +129,7 @@ def neighbor_attention(
             )
     pieces = _parts_in_rows(graph, k, v)
     has_bias = any(parts.bias is not None for _, parts in pieces)
-    lists_only = all(parts.has_lists_only for _, parts in pieces)
-    backend = _choose_backend(backend, q, v, dropout_p=dropout_p, has_bias=has_bias, lists_only=lists_only)
+    backend = _choose_backend(backend, q, v, dropout_p=dropout_p, has_bias=has_bias)
     seed = int(torch.randint(2**62, ())) if dropout_p > 0.0 else 0
     outs, sums = [], []
     for rows, parts in pieces:
@@ -135,6 +137,10 @@ def neighbor_attention(
         if backend == "reference":
             out, lse = reference.forward(
                 q_rows, k, v, parts, scale=scale, dropout_p=dropout_p, fp32_weights=fp32_weights
+            )
+        elif zero_padding and not torch.compiler.is_compiling():  # decoding: nothing to differentiate, and no time
+            out, lse = IMPLEMENTATIONS[backend]().forward(
+                q_rows, k, v, parts, scale=scale, dropout_p=dropout_p, seed=seed, fp32_weights=fp32_weights
             )
         else:
             out, lse = neighbor_attention_op(
@@ -168,7 +174,6 @@ def _choose_backend(
     *,
     dropout_p: float = 0.0,
     has_bias: bool = False,
-    lists_only: bool = True,
 ) -> str:
     """The backend that serves the call; ``v`` has the width of ``q`` if left out."""
     on_cpu = q.device.type == "cpu"
@@ -179,7 +184,7 @@ def _choose_backend(
     if backend == "auto" and on_cpu:
         return "numba"
     if backend == "triton" or (backend == "auto" and q.device.type == "cuda"):
-        reason = triton_support.why_not(q, q if v is None else v, dropout_p, has_bias, lists_only)
+        reason = triton_support.why_not(q, q if v is None else v, dropout_p, has_bias)
         if reason is not None and backend == "triton":
             raise BackendUnavailableError(f"backend 'triton' cannot serve the call: {reason}; use backend='auto'")
         return "torch" if reason is not None else "triton"
@@ -241,9 +246,26 @@ def _slice_parts(slices: Ranges | None) -> dict[str, Any]:
 def _summary_parts(summaries: Summaries | None, k: Tensor, v: Tensor) -> dict[str, Any]:
     if summaries is None:
         return {}
-    summary_k, summary_v, log_weight = summarize_keys(k, v, summaries.members, summaries.count)
+    if summaries.made is None:
+        summary_k, summary_v, log_weight = summarize_keys(k, v, summaries.members, summaries.count)
+    else:
+        summary_k, summary_v, log_weight = _checked_tables(summaries, k, v)
     made = {"summary_k": summary_k, "summary_v": summary_v, "summary_log_weight": log_weight}
     return made | _seen(summaries)
+
+
+def _checked_tables(summaries: Summaries, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    assert summaries.made is not None
+    if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+        raise GraphError("the summaries of this graph were made by a cache, and no gradient flows through them")
+    lead = (*k.shape[:2], summaries.count)
+    wanted = (*lead, k.shape[3]), (*lead, v.shape[3]), lead
+    if tuple(tuple(x.shape) for x in summaries.made) != wanted:
+        raise GraphError(
+            f"summaries that were made must be {', '.join(str(list(shape)) for shape in wanted)}, got "
+            f"{', '.join(str(list(x.shape)) for x in summaries.made)}"
+        )
+    return summaries.made
 
 
 def _seen(summaries: Summaries) -> dict[str, Any]:

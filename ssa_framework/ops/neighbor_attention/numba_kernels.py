@@ -16,6 +16,7 @@ from ssa_framework.ops.neighbor_attention.numba_rows import (
     Dropout,
     Graph,
     Shape,
+    Tables,
     add_rows,
     allowed,
     bias_row,
@@ -27,11 +28,13 @@ from ssa_framework.ops.neighbor_attention.numba_rows import (
     list_of,
     multiply,
     query_hash,
+    row_delta,
     softmax_in_place,
+    span_of,
     weights_in_place,
 )
 from ssa_framework.ops.numba_runtime import bare_kernel, device_function
-from ssa_framework.ops.numba_simd import fma, lanes, load, mul, splat, store, sub, sum_lanes
+from ssa_framework.ops.numba_simd import lanes, load, mul, splat, store, sub
 
 _KEYS_AT_ONCE = 128
 
@@ -45,14 +48,6 @@ class Work(NamedTuple):
     b: Array
     c: Array
     d: Array
-
-
-class Tables(NamedTuple):
-    """Queries, keys, values; rows padded to a whole number of vectors, flat."""
-
-    q: Array
-    k: Array
-    v: Array
 
 
 class Incoming(NamedTuple):
@@ -144,13 +139,9 @@ def query_gradients(
             line = (batch * shape.heads + head) * shape.queries + row
             at, value_at = line * shape.width, line * shape.value_width
             clear(grad_q, at, shape.width)
-            delta[line] = 0.0
+            delta[line] = row_delta(shape, out, grad_out, grad_lse, lse, line)
             if count == 0:
                 continue
-            total = splat(weights, 0.0)
-            for c in range(0, shape.value_width, step):
-                total = fma(load(out, value_at + c), load(grad_out, value_at + c), total)
-            delta[line] = sum_lanes(total) - grad_lse[line]
             shift = splat(weights, delta[line])
             hashed = query_hash(dropout, line)
             # a few keys at a time, so that they are still in the nearest cache when their sum is taken
@@ -297,6 +288,9 @@ def key_gradients(
             for row in range(first, last):
                 position = row + graph.offset
                 if not in_band(graph, position, key) and graph.causal and key > position:
+                    continue
+                low, high = span_of(graph, batch, row)
+                if low <= key < high:
                     continue
                 if not allowed(graph, batch, row, key):
                     continue

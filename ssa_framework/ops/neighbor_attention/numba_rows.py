@@ -16,6 +16,7 @@ from ssa_framework.ops.numba_simd import (
     dot_rows,
     exp,
     fma,
+    inlined_function,
     lanes,
     load,
     max_lanes,
@@ -39,10 +40,20 @@ class Graph(NamedTuple):
     key_keep: Array  # uint8 [B or 1, M]
     query_segments: Array  # int64 [B or 1, N]
     key_segments: Array  # int64 [B or 1, M]
+    span_start: Array  # int32 [B or 1, N]
+    span_end: Array
     before: int  # -1: no band
     after: int  # 0 where causal
     offset: int
     causal: bool
+
+
+class Tables(NamedTuple):
+    """Queries, keys, values; rows padded to a whole number of vectors, flat."""
+
+    q: Array
+    k: Array
+    v: Array
 
 
 class Shape(NamedTuple):
@@ -84,8 +95,20 @@ def in_band(graph: Graph, position: int, key: int) -> bool:
 
 
 @device_function
+def span_of(graph: Graph, batch: int, row: int) -> tuple[int, int]:
+    """First and one past the last key of the span of a query; 0, 0 where there are no spans."""
+    if not graph.span_start.shape[0]:
+        return 0, 0
+    batch = batch if graph.span_start.shape[0] > 1 else 0
+    end = int(graph.span_end[batch, row])
+    if graph.causal:
+        end = min(end, row + graph.offset + 1)
+    return int(graph.span_start[batch, row]), end
+
+
+@device_function
 def allowed(graph: Graph, batch: int, row: int, key: int) -> bool:
-    """Padding and documents, which band and columns respect (lists are already cleaned)."""
+    """Padding and documents, which all but lists and summaries respect (they are already cleaned)."""
     if graph.key_keep.shape[0] and not graph.key_keep[batch if graph.key_keep.shape[0] > 1 else 0, key]:
         return False
     if graph.query_segments.shape[0]:
@@ -116,7 +139,7 @@ def collect_list(graph: Graph, shape: Shape, line: int, keys: Array, count: int)
     return count
 
 
-@device_function
+@inlined_function
 def collect_edges(
     graph: Graph, shape: Shape, batch: int, head: int, row: int, keys: Array, added: Array, slots: Array
 ) -> int:
@@ -129,20 +152,21 @@ def collect_edges(
     position = row + graph.offset
     plain = graph.key_keep.shape[0] == 0 and graph.query_segments.shape[0] == 0
     has_bias = graph.bias.shape[0] > 0
+    span_start, span_end = span_of(graph, batch, row)
     if graph.before >= 0:
         low, high = max(position - graph.before, 0), min(position + graph.after + 1, shape.keys)
-        if plain:
+        if plain and span_start >= span_end:
             for e in range(high - low):
                 keys[e] = low + e
             count = max(high - low, 0)
         else:
             for key in range(low, high):
-                if allowed(graph, batch, row, key):
+                if not span_start <= key < span_end and allowed(graph, batch, row, key):
                     keys[count] = key
                     count += 1
     for c in range(graph.columns.shape[0]):
         key = int(graph.columns[c])
-        if (graph.causal and key > position) or in_band(graph, position, key):
+        if (graph.causal and key > position) or in_band(graph, position, key) or span_start <= key < span_end:
             continue
         if plain or allowed(graph, batch, row, key):
             keys[count] = key
@@ -171,7 +195,7 @@ def collect_edges(
     return count
 
 
-@device_function
+@inlined_function
 def dot_each(
     table: Array, first: int, width: int, rows: Array, begin: int, end: int, x: Array, at: int, out: Array
 ) -> None:
@@ -180,7 +204,7 @@ def dot_each(
         store(out, e, dot_rows(table, first, width, rows, e, x, at))
 
 
-@device_function
+@inlined_function
 def add_rows(
     table: Array, first: int, width: int, rows: Array, weights: Array, begin: int, end: int, out: Array, at: int
 ) -> None:
@@ -264,7 +288,7 @@ def softmax_in_place(scores: Array, count: int, scale: float, has_bias: bool, ad
     return top + np.log(mass)
 
 
-@device_function
+@inlined_function
 def weights_in_place(
     scores: Array, begin: int, end: int, scale: float, lse: float, has_bias: bool, added: Array
 ) -> None:
@@ -296,3 +320,14 @@ def dropout_factor(dropout: Dropout, hashed: Any, key: int) -> Any:
     """0 or ``dropout.factor``, by the query (its `query_hash`) and the key alone: the same whoever asks."""
     drawn = mix(hashed + np.uint64(key + 1) * _GOLDEN) >> np.uint64(32)
     return dropout.factor if int(drawn) >= dropout.threshold else 0.0
+
+
+@inlined_function
+def row_delta(shape: Shape, out: Array, grad_out: Array, grad_lse: Array, lse: Array, line: int) -> Any:
+    """``out · grad_out - grad_lse`` of one query; 0 where it has no neighbors."""
+    if lse[line] == -np.inf:
+        return lse.dtype.type(0)
+    total = splat(out, 0.0)
+    for c in range(line * shape.value_width, (line + 1) * shape.value_width, lanes(out)):
+        total = fma(load(out, c), load(grad_out, c), total)
+    return sum_lanes(total) - grad_lse[line]

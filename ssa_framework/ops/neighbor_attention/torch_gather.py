@@ -350,8 +350,8 @@ def backward(
         grad_q[b, :, rows] = (d_query * scale).flatten(1, 2).to(q.dtype)
     assert grad_k.summaries is not None
     assert grad_v.summaries is not None
-    rows = grad_k.rows.to(k.dtype), grad_v.rows.to(v.dtype)
-    return grad_q, *rows, grad_bias, grad_k.summaries, grad_v.summaries
+    of_keys, of_values = grad_k.rows.to(k.dtype), grad_v.rows.to(v.dtype)
+    return grad_q, of_keys, of_values, grad_bias, grad_k.summaries, grad_v.summaries
 
 
 def _tile_grad(weights: Tensor, rows: Tensor) -> Tensor:

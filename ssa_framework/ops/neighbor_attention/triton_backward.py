@@ -14,6 +14,9 @@ from ssa_framework.ops.neighbor_attention.triton_tiles import (
     listed_keys,
     load_heads,
     products,
+    rows_of,
+    sliced_keys,
+    slices_of,
     weighted_sum,
 )
 from ssa_framework.ops.triton_runtime import dot
@@ -38,14 +41,16 @@ def _query_step(
 
 @triton.jit
 def query_gradient_kernel(
-    grad_out, grad_lse, q, k, v, out, lse, grad_q, statistics, fixed, lists, num_queries, num_keys, scale,
+    grad_out, grad_lse, q, k, v, out, lse, grad_q, statistics, partial, fixed, lists, slices, num_queries, num_keys,
+    scale,
     HEADS: tl.constexpr, KV_SHARE: tl.constexpr, CAUSAL: tl.constexpr, FIXED: tl.constexpr,
     K_ROW: tl.constexpr, V_ROW: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, W: tl.constexpr,
     WV: tl.constexpr, PADDED: tl.constexpr,
-    SLOTS: tl.constexpr, PRECISION: tl.constexpr,
+    SLOTS: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``grad_q`` and ``statistics``; programs as in `attend_kernel`.
 
+    ``partial``: `Rows`, float32, what the intervals gave, before the scale; its pointer is ``None`` without them.
     ``statistics``: float32 ``[B, Hkv, N, GROUP, 2]``, each row's lse (in powers of 2) and delta, which its ``dp`` is
     compared with: what a block of keys needs to know of a query lies in one place.
     """
@@ -76,7 +81,10 @@ def query_gradient_kernel(
     place = statistics + ((group_row * KV_SHARE + list_head % KV_SHARE) * HEADS + heads) * 2
     tl.store(place, row_lse, mask=mine)
     tl.store(place + 1, delta, mask=mine)
-    acc = tl.zeros(x.shape, tl.float32)
+    if partial.pointer is None:
+        acc = tl.zeros(x.shape, tl.float32)
+    else:
+        acc = load_heads(partial, batch, head, long_row, HEADS, PADDED, D, W)
 
     if FIXED:
         first, last = band_of(fixed, row + fixed.offset, num_keys)
@@ -99,6 +107,19 @@ def query_gradient_kernel(
                 K_ROW, V_ROW, D, DV, W, WV, PADDED, PRECISION,
             )  # fmt: skip
             keys = next_keys
+    if slices.start is not None:
+        before, after, shift, count = slices_of(slices, batch, list_head, row, SLICES)
+        order = slices.order + batch * slices.order_batch + list_head * slices.order_head
+        slots = tl.arange(0, SLOTS)
+        keys = sliced_keys(order, slices, fixed, batch, row, before, after, shift, slots, num_keys, CAUSAL)
+        for start in range(0, count, SLOTS):
+            slots = start + SLOTS + tl.arange(0, SLOTS)
+            next_keys = sliced_keys(order, slices, fixed, batch, row, before, after, shift, slots, num_keys, CAUSAL)
+            acc = _query_step(
+                keys, x, dx, row_lse, delta, acc, k, v, k_start, v_start, scale * LOG2_E,
+                K_ROW, V_ROW, D, DV, W, WV, PADDED, PRECISION,
+            )  # fmt: skip
+            keys = next_keys
 
     dims = tl.arange(0, W)
     acc = (acc * scale).to(grad_q.pointer.dtype.element_ty)
@@ -110,32 +131,26 @@ def query_gradient_kernel(
 
 
 @triton.jit
-def _rows_of(start, rows, row, head, ROW: tl.constexpr, D: tl.constexpr, W: tl.constexpr, OFFSET: tl.constexpr):
-    """Rows ``row [R]`` of heads ``head [R]`` after ``start``: ``[R, W]``, zeros where ``head`` is -1."""
-    dims = tl.arange(0, W)
-    inside = (head >= 0)[:, None]
-    if D != W:
-        inside = inside & (dims < D)[None, :]
-    at = (head.to(OFFSET) * rows.head + row.to(OFFSET) * ROW)[:, None]
-    return tl.load((start + dims * rows.dim)[None, :] + at, mask=inside, other=0.0)
-
-
-@triton.jit
-def _key_step(
-    row, head, allowed, key_tile, value_tile, acc_k, acc_v, q, q_start, grad_out, grad_start, statistics, scale,
-    GROUP: tl.constexpr, Q_ROW: tl.constexpr, GRAD_ROW: tl.constexpr, OFFSET: tl.constexpr,
+def key_step(
+    row, head, allowed, weight, key_tile, value_tile, acc_k, acc_v, q, q_start, grad_out, grad_start, statistics,
+    scale, GROUP: tl.constexpr, Q_ROW: tl.constexpr, GRAD_ROW: tl.constexpr, OFFSET: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, W: tl.constexpr, WV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds what queries ``row [R]`` of heads ``head [R]`` (-1 = none) give to ``keys [S]``; ``allowed [S, R]``."""
+    """Adds what queries ``row [R]`` of heads ``head [R]`` (-1 = none) give to keys ``[S]``; ``allowed [S, R]``.
+
+    ``weight [S]``: added to their scores, in powers of 2; or ``None``.
+    """
     inside = head >= 0
     # [R, W], [R, WV]
-    x = _rows_of(q_start, q, row, head, Q_ROW, D, W, OFFSET)
-    dx = _rows_of(grad_start, grad_out, row, head, GRAD_ROW, DV, WV, OFFSET)
+    x = rows_of(q_start, q, row, head, Q_ROW, D, W, OFFSET)
+    dx = rows_of(grad_start, grad_out, row, head, GRAD_ROW, DV, WV, OFFSET)
     place = statistics + (row.to(OFFSET) * GROUP + head) * 2
     row_lse = tl.load(place, mask=inside, other=0.0)
     delta = tl.load(place + 1, mask=inside, other=0.0)
     # [S, R]
     s = dot(key_tile, tl.trans(x), tl.zeros(allowed.shape, tl.float32), PRECISION) * scale
+    if weight is not None:
+        s += weight[:, None]
     p = tl.exp2(tl.where(allowed & inside[None, :], s - row_lse[None, :], -float("inf")))
     dp = dot(value_tile, tl.trans(dx), tl.zeros(allowed.shape, tl.float32), PRECISION)
     ds = p * (dp - delta[None, :])
@@ -148,7 +163,8 @@ def _key_step(
 @triton.jit
 def key_gradient_kernel(
     grad_out, q, k, v, statistics, grad_k, grad_v, fixed, starts, queries, masks, list_batches, list_heads, blocks,
-    column_grad_k, column_grad_v, num_queries, num_keys, scale,
+    column_grad_k, column_grad_v, span_grad_k, span_grad_v, place_grad_k, place_grad_v, places, place_starts,
+    order_batches, order_heads, num_places, num_queries, num_keys, scale,
     GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, Q_ROW: tl.constexpr, GRAD_ROW: tl.constexpr, OFFSET: tl.constexpr,
     SHARE: tl.constexpr, SHARE_PADDED: tl.constexpr, BAND: tl.constexpr,
     K_ROW: tl.constexpr, V_ROW: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, W: tl.constexpr, WV: tl.constexpr,
@@ -157,7 +173,9 @@ def key_gradient_kernel(
     """``grad_k`` and ``grad_v`` of block ``program_id(0)`` of the keys of head ``program_id(1)``.
 
     ``GROUP`` query heads attend a key/value head; ``SHARE`` of them have one list. ``column_grad_k`` and
-    ``column_grad_v``: float32 ``[B, Hkv, C, W or WV]``, added to the keys that are columns.
+    ``column_grad_v``: float32 ``[B, Hkv, C, W or WV]``, added to the keys that are columns; ``span_grad_k`` and
+    ``span_grad_v``: float32 ``[B, Hkv, M, W or WV]``, added to all; ``place_grad_k`` and ``place_grad_v``: float32
+    ``[B, list heads, L, W or WV]``, added to the key at each place, which `triton_slices.places_of_keys` finds.
     """
     block = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
@@ -186,9 +204,9 @@ def key_gradient_kernel(
             distance = keys[:, None] - (row + fixed.offset)[None, :]
             allowed = (distance >= -fixed.before) & (distance <= fixed.after) & in_range[:, None]
             allowed = kept_pairs(fixed, batch, keys, row, allowed & (row < num_queries)[None, :])
-            acc_k, acc_v = _key_step(
-                row, tl.where((heads < GROUP) & (row < end), heads, -1), allowed, key_tile, value_tile, acc_k, acc_v,
-                q, q_start, grad_out, grad_start, of_head, scale * LOG2_E,
+            acc_k, acc_v = key_step(
+                row, tl.where((heads < GROUP) & (row < end), heads, -1), allowed, None, key_tile, value_tile, acc_k,
+                acc_v, q, q_start, grad_out, grad_start, of_head, scale * LOG2_E,
                 GROUP, Q_ROW, GRAD_ROW, OFFSET, D, DV, W, WV, PRECISION,
             )  # fmt: skip
     if starts is not None:
@@ -204,8 +222,8 @@ def key_gradient_kernel(
                 bits = tl.load(masks + first_entry + entry, mask=entry < count, other=0)
                 allowed = ((bits[None, :] >> tl.arange(0, BLOCK)[:, None]) & 1) != 0
                 mine = tl.where((share < SHARE) & (entry < count), share + sharing * SHARE, -1)
-                acc_k, acc_v = _key_step(
-                    row, mine, allowed, key_tile, value_tile, acc_k, acc_v,
+                acc_k, acc_v = key_step(
+                    row, mine, allowed, None, key_tile, value_tile, acc_k, acc_v,
                     q, q_start, grad_out, grad_start, of_head, scale * LOG2_E,
                 GROUP, Q_ROW, GRAD_ROW, OFFSET, D, DV, W, WV, PRECISION,
                 )  # fmt: skip
@@ -218,6 +236,23 @@ def key_gradient_kernel(
             place = (batch * tl.num_programs(1) + kv_head) * fixed.num_columns + index
             acc_k += tl.load(column_grad_k + place * W + dims, mask=here, other=0.0)
             acc_v += tl.load(column_grad_v + place * WV + value_dims, mask=here, other=0.0)
+    if span_grad_k is not None:
+        at = ((batch * tl.num_programs(1) + kv_head) * num_keys + keys)[:, None]
+        acc_k += tl.load(span_grad_k + at * W + dims, mask=in_range[:, None], other=0.0)
+        acc_v += tl.load(span_grad_v + at * WV + value_dims, mask=in_range[:, None], other=0.0)
+    if places is not None:
+        for sharing in tl.static_range(GROUP // SHARE):
+            list_head = kv_head * (GROUP // SHARE) + sharing
+            index = (batch % order_batches) * order_heads + list_head % order_heads
+            of_key = place_starts + index * num_keys + keys
+            first_place = tl.load(of_key, mask=in_range, other=0)
+            count = tl.load(of_key + 1, mask=in_range, other=0) - first_place
+            of_list = (batch * tl.num_programs(1) * (GROUP // SHARE) + list_head) * num_places
+            for nth in range(tl.max(count, 0)):
+                here = nth < count
+                place = of_list + tl.load(places + first_place + nth, mask=here, other=0) - index * num_places
+                acc_k += tl.load(place_grad_k + place[:, None] * W + dims, mask=here[:, None], other=0.0)
+                acc_v += tl.load(place_grad_v + place[:, None] * WV + value_dims, mask=here[:, None], other=0.0)
     key_at = keys[:, None].to(tl.int64)
     k_at = grad_k.pointer + batch * grad_k.batch + kv_head * grad_k.head + key_at * grad_k.row + dims
     v_at = grad_v.pointer + batch * grad_v.batch + kv_head * grad_v.head + key_at * grad_v.row + value_dims
@@ -265,8 +300,8 @@ def column_gradient_kernel(
         if CAUSAL:
             allowed = allowed & (keys[:, None] <= (row + fixed.offset)[None, :])
         allowed = kept_pairs(fixed, batch, keys, row, allowed & real[:, None] & (row < end)[None, :])
-        acc_k, acc_v = _key_step(
-            row, tl.where((heads < GROUP) & (row < end), heads, -1), allowed, key_tile, value_tile, acc_k, acc_v,
+        acc_k, acc_v = key_step(
+            row, tl.where((heads < GROUP) & (row < end), heads, -1), allowed, None, key_tile, value_tile, acc_k, acc_v,
             q, q_start, grad_out, grad_start, of_head, scale * LOG2_E,
                 GROUP, Q_ROW, GRAD_ROW, OFFSET, D, DV, W, WV, PRECISION,
         )  # fmt: skip

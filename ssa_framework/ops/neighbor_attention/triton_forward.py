@@ -1,4 +1,4 @@
-"""Forward kernel: one program per query and list head; band, columns and list in one online softmax."""
+"""Forward kernel: one program per query and list head; band, columns, list and slices in one online softmax."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from ssa_framework.ops.neighbor_attention.triton_tiles import (
     listed_keys,
     load_heads,
     products,
+    sliced_keys,
+    slices_of,
     weighted_sum,
 )
 
@@ -44,16 +46,17 @@ def _attend(
 
 @triton.jit
 def attend_kernel(
-    q, k, v, out, lse, fixed, lists, num_queries, num_keys, scale,
+    q, k, v, out, lse, partial, partial_lse, fixed, lists, slices, num_queries, num_keys, scale,
     HEADS: tl.constexpr, KV_SHARE: tl.constexpr, CAUSAL: tl.constexpr, FIXED: tl.constexpr,
     K_ROW: tl.constexpr, V_ROW: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, W: tl.constexpr,
     WV: tl.constexpr, PADDED: tl.constexpr,
-    SLOTS: tl.constexpr, FP32: tl.constexpr, PRECISION: tl.constexpr,
+    SLOTS: tl.constexpr, SLICES: tl.constexpr, FP32: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``out [B, H, N, DV]``, ``lse [B, H, N]`` of query ``program_id(0)``, list head ``program_id(1)``.
 
     A list head is ``HEADS`` query heads with one list; ``KV_SHARE`` list heads share a key/value head. Queries are the
-    fastest axis of the grid, so that one head's keys and values stay in the L2 cache.
+    fastest axis of the grid, so that one head's keys and values stay in the L2 cache. ``partial`` and ``partial_lse``:
+    `Rows`, float32, what the intervals gave, which is where the softmax goes on; pointers are ``None`` without them.
     """
     row = tl.program_id(0)
     list_head = tl.program_id(1).to(tl.int64)
@@ -70,6 +73,13 @@ def attend_kernel(
     # [WV, PADDED], or [1, WV]
     acc = tl.zeros((1, WV) if PADDED == 1 else (WV, PADDED), tl.float32)
     scale = scale * LOG2_E
+    if partial.pointer is not None:
+        heads = tl.arange(0, PADDED)[None, :].to(tl.int64)
+        at = partial_lse.pointer + batch * partial_lse.batch + (head + heads) * partial_lse.head + row
+        m = tl.load(at, mask=heads < HEADS, other=-float("inf")) * LOG2_E
+        first_slot = tl.arange(0, SLOTS)[:, None] == 0
+        total = tl.where(first_slot & (m > -float("inf")), 1.0, 0.0)
+        acc = load_heads(partial, batch, head, row.to(tl.int64), HEADS, PADDED, DV, WV)
 
     if FIXED:
         first, last = band_of(fixed, row + fixed.offset, num_keys)
@@ -87,6 +97,19 @@ def attend_kernel(
         for start in range(0, lists.slots, SLOTS):
             # read ahead, so that a step does not begin with waiting for its own keys
             next_keys = listed_keys(list_start, lists, start + SLOTS, SLOTS)
+            m, total, acc = _attend(
+                keys, x, m, total, acc, k, v, k_start, v_start, scale,
+                K_ROW, V_ROW, D, DV, W, WV, PADDED, FP32, PRECISION,
+            )  # fmt: skip
+            keys = next_keys
+    if slices.start is not None:
+        before, after, shift, count = slices_of(slices, batch, list_head, row, SLICES)
+        order = slices.order + batch * slices.order_batch + list_head * slices.order_head
+        slots = tl.arange(0, SLOTS)
+        keys = sliced_keys(order, slices, fixed, batch, row, before, after, shift, slots, num_keys, CAUSAL)
+        for start in range(0, count, SLOTS):
+            slots = start + SLOTS + tl.arange(0, SLOTS)
+            next_keys = sliced_keys(order, slices, fixed, batch, row, before, after, shift, slots, num_keys, CAUSAL)
             m, total, acc = _attend(
                 keys, x, m, total, acc, k, v, k_start, v_start, scale,
                 K_ROW, V_ROW, D, DV, W, WV, PADDED, FP32, PRECISION,

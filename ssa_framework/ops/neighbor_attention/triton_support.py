@@ -25,7 +25,7 @@ def works_here() -> bool:
     return installed() and (torch.cuda.is_available() or interpreted)
 
 
-def why_not(q: Tensor, v: Tensor, dropout_p: float, has_bias: bool, lists_only: bool) -> str | None:
+def why_not(q: Tensor, v: Tensor, dropout_p: float, has_bias: bool) -> str | None:
     """Why the kernels cannot serve a call with ``q [B, H, N, D]`` and ``v [B, Hkv, M, Dv]``, if they cannot."""
     reason = _why_not_on(q.device, q.dtype)
     if reason is not None:
@@ -36,8 +36,6 @@ def why_not(q: Tensor, v: Tensor, dropout_p: float, has_bias: bool, lists_only: 
         return f"it serves up to {_MAX_GRID} batch elements and heads, got {list(q.shape)}"
     if dropout_p > 0.0:
         return "it has no dropout"
-    if not lists_only:
-        return "it attends to bands, columns and lists, not to spans, whole slices or summaries"
     if has_bias:
         return "it adds no bias to single edges (an additive mask, or one per query head with graph_heads='kv')"
     return None

@@ -24,10 +24,11 @@ class Rows(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """Band and columns, and the masks that hold for them; pointers that are ``None`` are not there.
+    """Band and columns, and what is not theirs: masks and spans; pointers that are ``None`` are not there.
 
     ``before`` and ``after`` are -1 without a band. ``keep``: bool ``[B, M]``; ``query_segments`` ``[B, N]`` and
-    ``key_segments`` ``[B, M]``; each with its two strides (0 for an axis that is broadcast).
+    ``key_segments`` ``[B, M]``; ``span_start`` and ``span_end`` ``[B, N]``, which share strides; each with its two
+    strides (0 for an axis that is broadcast).
     """
 
     before: Any
@@ -44,6 +45,10 @@ class Fixed(NamedTuple):
     key_segments: Any
     key_segments_batch: Any
     key_segments_key: Any
+    span_start: Any
+    span_end: Any
+    span_batch: Any
+    span_row: Any
 
 
 class Lists(NamedTuple):
@@ -57,10 +62,31 @@ class Lists(NamedTuple):
     slots: Any
 
 
+class Slices(NamedTuple):
+    """Slices ``start, end [B, G, N, P]``, which share strides, of ``order [B, G, L]``: pointers (``None`` for no
+    slices), strides (0 = broadcast), P and L."""
+
+    start: Any
+    end: Any
+    batch: Any
+    head: Any
+    row: Any
+    slot: Any
+    slots: Any
+    order: Any
+    order_batch: Any
+    order_head: Any
+    order_place: Any
+    length: Any
+
+
 @triton.jit
 def kept(fixed, batch, keys, row, in_range):
-    """bool like ``keys``: neither padding nor in another document than query ``row`` (a number, or like ``keys``)."""
+    """bool like ``keys``: not padding, nor in another document than query ``row``, nor in its span."""
     allowed = in_range
+    if fixed.span_start is not None:
+        at = batch * fixed.span_batch + row * fixed.span_row
+        allowed = allowed & ((keys < tl.load(fixed.span_start + at)) | (keys >= tl.load(fixed.span_end + at)))
     if fixed.keep is not None:
         keep = tl.load(fixed.keep + batch * fixed.keep_batch + keys * fixed.keep_key, mask=in_range, other=0)
         allowed = allowed & (keep != 0)
@@ -77,9 +103,14 @@ def kept(fixed, batch, keys, row, in_range):
 
 @triton.jit
 def kept_pairs(fixed, batch, keys, row, allowed):
-    """``allowed [S, R]``, less the padding among ``keys [S]`` and what queries ``row [R]`` have in other documents."""
+    """``allowed [S, R]``, less what `kept` leaves out of ``keys [S]`` for queries ``row [R]``."""
     some_key = tl.max(allowed.to(tl.int32), 1) > 0
     some_row = tl.max(allowed.to(tl.int32), 0) > 0
+    if fixed.span_start is not None:
+        at = batch * fixed.span_batch + row * fixed.span_row
+        start = tl.load(fixed.span_start + at, mask=some_row, other=0)
+        end = tl.load(fixed.span_end + at, mask=some_row, other=0)
+        allowed = allowed & ((keys[:, None] < start[None, :]) | (keys[:, None] >= end[None, :]))
     if fixed.keep is not None:
         keep = tl.load(fixed.keep + batch * fixed.keep_batch + keys * fixed.keep_key, mask=some_key, other=0)
         allowed = allowed & (keep != 0)[:, None]
@@ -132,6 +163,45 @@ def listed_keys(start, lists, first, SLOTS: tl.constexpr):
 
 
 @triton.jit
+def without_columns(fixed, keys):
+    """``keys [S]``, -1 for those that are columns; few columns are quickest looked at one by one."""
+    if fixed.columns is not None:
+        for first in range(0, fixed.num_columns, 16):
+            index = first + tl.arange(0, 16)
+            column = tl.load(fixed.columns + index, mask=index < fixed.num_columns, other=-1)
+            is_column = tl.max((keys[:, None] == column[None, :]).to(tl.int32), 1) > 0
+            keys = tl.where(is_column, -1, keys)
+    return keys
+
+
+@triton.jit
+def slices_of(slices, batch, head, row, PADDED: tl.constexpr):
+    """Where the keys of a query's slices are, when these stand one behind the other: ``[PADDED]`` each, the first
+    and one past the last slot of every slice and its distance from the order; and how many slots there are."""
+    slot = tl.arange(0, PADDED)
+    at = batch * slices.batch + head * slices.head + row.to(tl.int64) * slices.row + slot * slices.slot
+    start = tl.load(slices.start + at, mask=slot < slices.slots, other=0)
+    size = tl.maximum(tl.load(slices.end + at, mask=slot < slices.slots, other=0) - start, 0)
+    after = tl.cumsum(size, 0)
+    return after - size, after, start - (after - size), tl.sum(size, 0)
+
+
+@triton.jit
+def sliced_keys(order, slices, fixed, batch, row, before, after, shift, slots, num_keys, CAUSAL: tl.constexpr):
+    """Keys in ``slots [S]`` of a query's slices, as `slices_of` gives them; -1 = none, or what another part has."""
+    # [S, P]
+    mine = (slots[:, None] >= before[None, :]) & (slots[:, None] < after[None, :])
+    inside = tl.max(mine.to(tl.int32), 1) > 0
+    place = slots + tl.sum(tl.where(mine, shift[None, :], 0), 1)
+    keys = without_columns(fixed, tl.load(order + place * slices.order_place, mask=inside, other=-1))
+    first, last = band_of(fixed, row + fixed.offset, num_keys)
+    allowed = (keys >= 0) & ((keys < first) | (keys > last))
+    if CAUSAL:
+        allowed = allowed & (keys <= row + fixed.offset)
+    return tl.where(kept(fixed, batch, keys, row, allowed), keys, -1)
+
+
+@triton.jit
 def load_heads(rows, batch, head, row, HEADS: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
     """The rows of ``HEADS`` heads, of width ``D`` padded to ``W``: ``[W, PADDED]``, or ``[1, W]`` for one head."""
     start = rows.pointer + batch * rows.batch + head * rows.head + row * rows.row
@@ -157,6 +227,17 @@ def gather(start, keys, rows, ROW: tl.constexpr, D: tl.constexpr, W: tl.constexp
         inside = inside & (dims < D)[None, :]
     # a thread's place within a row does not depend on the row
     return tl.load((start + dims * rows.dim)[None, :] + keys[:, None].to(tl.int64) * ROW, mask=inside, other=0.0)
+
+
+@triton.jit
+def rows_of(start, rows, row, head, ROW: tl.constexpr, D: tl.constexpr, W: tl.constexpr, OFFSET: tl.constexpr):
+    """Rows ``row [R]`` of heads ``head [R]`` after ``start``: ``[R, W]``, zeros where ``head`` is -1."""
+    dims = tl.arange(0, W)
+    inside = (head >= 0)[:, None]
+    if D != W:
+        inside = inside & (dims < D)[None, :]
+    at = (head.to(OFFSET) * rows.head + row.to(OFFSET) * ROW)[:, None]
+    return tl.load((start + dims * rows.dim)[None, :] + at, mask=inside, other=0.0)
 
 
 @triton.jit

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
 from ssa_framework.errors import BackendUnavailableError, ConfigError, ShapeError
 from ssa_framework.ops.cluster_keys.types import Clusters
 from ssa_framework.ops.rank_clusters import torch_rank
+from ssa_framework.ops.rank_clusters.types import OpenedClusters
 
-_BACKENDS = ("auto", "numba", "torch")
+_BACKENDS = ("auto", "numba", "torch", "triton")
 
 
 @torch.no_grad()
 def rank_clusters(
-    q: Tensor, clusters: Clusters, limits: tuple[Tensor, Tensor], budget: int, most: int, *, backend: str = "auto"
-) -> Tensor:
-    """The clusters with the highest ``q·centroid``, best first, as long as their keys fit the budget.
+    q: Tensor,
+    clusters: Clusters,
+    limits: tuple[Tensor, Tensor],
+    budget: int,
+    most: int,
+    spread: float = 0.0,
+    *,
+    backend: str = "auto",
+) -> OpenedClusters:
+    """The clusters with the highest ``q·centroid + spread · q²·variances``, best first, as long as their keys fit the
+    budget.
 
     A query opens a prefix of its ranking: the first cluster that does not fit ends it, and later, smaller ones are
     not taken. Of equal scores, the lower number comes first; a score that is NaN or -inf is never opened.
@@ -27,10 +38,11 @@ def rank_clusters(
         limits: ``low, high``, int32 ``[B or 1, N]``: query n may open the clusters c with ``low <= c < high``, of
             those that are not empty. ``[B or 1, N, R]``: in any of R such ranges.
         budget: the most keys that a query opens. most: the most clusters.
-        backend: ``"auto"``, ``"numba"`` (CPU) or ``"torch"``.
+        spread: what the variances count; 0 = nothing, and ``clusters`` needs none.
+        backend: ``"auto"``, ``"numba"`` (CPU), ``"triton"`` (CUDA) or ``"torch"``.
 
     Returns:
-        int32 ``[B, G, N, most]``, numbers of slots, -1 = none.
+        `OpenedClusters`, of up to ``most`` clusters per query.
 
     Raises:
         ShapeError: arguments that do not fit together. ConfigError: numbers out of range.
@@ -49,9 +61,12 @@ def rank_clusters(
         fits = limit.dim() in (2, 3) and limit.shape[0] in (1, q.shape[0]) and limit.shape[1] == q.shape[2]
         if not fits or limit.shape != limits[0].shape or limit.dtype != torch.int32:
             raise ShapeError(
-                f"limits must be int32 [B or 1, N] or [B or 1, N, R] with B, N = {q.shape[0]}, {q.shape[2]}, got {name} {limit.dtype} "
-                f"{list(limit.shape)}"
+                f"limits must be int32 [B or 1, N] or [B or 1, N, R] with B, N = {q.shape[0]}, {q.shape[2]}, "
+                f"got {name} {limit.dtype} {list(limit.shape)}"
             )
+    if spread and (clusters.variances is None or clusters.variances.shape != centroids.shape):
+        got = None if clusters.variances is None else list(clusters.variances.shape)
+        raise ShapeError(f"spread takes variances of the shape of the centroids, {list(centroids.shape)}, got {got}")
     if budget < 0:
         raise ConfigError(f"budget must be 0 keys or more, got {budget}")
     if most < 1:
@@ -65,5 +80,22 @@ def rank_clusters(
     if backend in ("auto", "numba") and on_cpu:
         from ssa_framework.ops.rank_clusters import numba_cpu  # Numba takes a moment to import
 
-        return numba_cpu.rank(q, clusters, (low, high), budget, most)
-    return torch_rank.rank(q, clusters, (low, high), budget, most)
+        return numba_cpu.rank(q, clusters, (low, high), budget, most, spread)
+    if backend == "triton" or (backend == "auto" and q.device.type == "cuda"):
+        reason = _why_not_triton(q, most)
+        if reason is None:
+            from ssa_framework.ops.rank_clusters import triton_cuda
+
+            return triton_cuda.rank(q, clusters, (low, high), budget, most, spread)
+        if backend == "triton":
+            raise BackendUnavailableError(f"backend 'triton' cannot rank here: {reason}; use backend='auto'")
+    return torch_rank.rank(q, clusters, (low, high), budget, most, spread)
+
+
+def _why_not_triton(q: Tensor, most: int) -> str | None:
+    spec = find_spec("triton")
+    if spec is None or spec.origin is None:
+        return "the package triton is not installed"
+    from ssa_framework.ops.rank_clusters import triton_cuda  # Triton takes a moment to import
+
+    return triton_cuda.why_not(q, most)

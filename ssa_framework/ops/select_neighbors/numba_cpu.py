@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssa_framework.ops.numba_runtime import Workspace, as_array, parallel_for
+from ssa_framework.ops.numba_runtime import Workspace, as_array, as_matrices, parallel_for
 from ssa_framework.ops.select_neighbors.numba_choose import (
     CONTENT,
     FORCED,
@@ -78,9 +78,9 @@ def select(q: Tensor, k: Tensor, proposed: Sequence[Proposed], eligible: Eligibl
     if any(_is_scan(p) for p in ordered):
         step = min(step, _SCAN_ROWS)
     blocks = [slice(r, min(r + step, queries)) for r in range(0, queries, step)]
-    if eligible.mask.key_keep is not None:  # what stands in the padding may be NaN, which compares with nothing
+    if eligible.mask.key_keep is not None and not eligible.zero_padding:  # what stands in the padding may be NaN, which compares with nothing
         k = k.masked_fill(~eligible.mask.key_keep[:, None, :, None], 0.0)
-    q_array, k_array, out = as_array(q), as_array(k), neighbors.numpy()
+    q_array, k_array, out = as_array(q), as_matrices(k), neighbors.numpy()
     tables = _Tables(eligible)
     listed = np.zeros((batch * heads * len(blocks), len(ordered)), dtype=np.int64)
     scored = np.zeros_like(listed)

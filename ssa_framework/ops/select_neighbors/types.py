@@ -40,13 +40,17 @@ class Proposed:
 
 @dataclass(frozen=True)
 class Eligible:
-    """Which keys may be listed: those that the mask allows and that no band and no column covers."""
+    """Which keys may be listed: those that the mask allows and that no band and no column covers.
+
+    ``zero_padding``: padded keys are known to be zeros.
+    """
 
     mask: EdgeMask
     num_heads: int
     num_keys: int
     band: Band | None
     columns: Tensor | None
+    zero_padding: bool = False
 
     def rows(self, rows: slice) -> Eligible:
         return replace(self, mask=self.mask.rows(rows))

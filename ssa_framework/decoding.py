@@ -1,0 +1,89 @@
+"""Attention of new tokens to everything in a cache: append, route, attend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssa_framework.cache import LayerCache
+from ssa_framework.errors import CacheError, ConfigError, ShapeError
+from ssa_framework.graph import NeighborGraph
+from ssa_framework.masks import EdgeMask
+from ssa_framework.ops.neighbor_attention import neighbor_attention
+from ssa_framework.ops.neighbor_attention.api import check_tensors
+from ssa_framework.router import Router
+
+
+def attend_cached(
+    router: Router,
+    cache: LayerCache,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_keep: Tensor | None = None,
+    scale: float | None = None,
+    fp32_weights: bool = False,
+    source_inputs: Mapping[str, Any] | None = None,
+) -> tuple[Tensor, NeighborGraph | None]:
+    """Append tokens to a cache and attend from them to everything that is in it. There is no dropout.
+
+    However tokens are cut into calls, each gets the same neighbors. So a query counts as few keys for ``dense_below``
+    where it has few before it, not where the call ends early.
+
+    Args:
+        q: ``[B, H, new, D]``. k: ``[B, Hkv, new, D]``. v: ``[B, Hkv, new, Dv]``; none of them collects gradients.
+        key_keep: bool ``[B or 1, new]``, False = padding.
+        scale, fp32_weights: see `neighbor_attention`. source_inputs: see `build_graph`.
+
+    Returns:
+        ``[B, H, new, Dv]`` and the graph of the last of these queries; ``None`` where there are no tokens.
+
+    Raises:
+        CacheError: what `LayerCache.append` refuses. ConfigError: attention is not causal. ShapeError: other numbers
+        of queries than keys.
+    """
+    check_tensors(q, k, v)
+    if not router.layer.causal:
+        raise ConfigError("a cache needs causal attention (causal=True): its tokens cannot attend to those to come")
+    if q.shape[2] != k.shape[2]:
+        raise ShapeError(f"queries, keys and values are those of the new tokens, got {q.shape[2]} and {k.shape[2]}")
+    if torch.is_grad_enabled() and q.requires_grad:
+        raise CacheError("a cache is for inference: decode under torch.no_grad(), or pass detached queries")
+    cache.check(k, v, key_keep)
+    outs, graph = [], None
+    with torch.no_grad():
+        for rows in _pieces(cache.length, q.shape[2], router.dense_below_in_cache):
+            here = slice(None) if rows == slice(0, q.shape[2]) else rows
+            before = cache.length
+            cache.append(k[:, :, here], v[:, :, here], None if key_keep is None else key_keep[:, here])
+            keys, values = cache.keys, cache.values
+            positions = torch.arange(before, cache.length, dtype=torch.int32, device=q.device)[None]
+            mask = EdgeMask(causal=True, positions=positions, offset=before, key_keep=cache.key_keep)
+            graph = router(q[:, :, here], keys, mask, source_inputs=source_inputs, cache=cache)
+            out, _ = neighbor_attention(
+                q[:, :, here],
+                keys,
+                values,
+                graph,
+                scale=scale,
+                fp32_weights=fp32_weights,
+                backend=router.backend,
+                dense=router.dense_below != 0,
+                zero_padding=True,
+            )
+            outs.append(out)
+    if not outs:
+        return q.new_zeros((*q.shape[:3], v.shape[3])), None
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2), graph
+
+
+def _pieces(length: int, new: int, dense_below: int | None) -> Iterator[slice]:
+    """The new tokens, cut where dense attention ends."""
+    few = min(max((dense_below or 0) - 1 - length, 0), new)
+    for start, stop in ((0, few), (few, new)):
+        if start < stop:
+            yield slice(start, stop)

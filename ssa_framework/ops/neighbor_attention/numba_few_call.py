@@ -1,0 +1,109 @@
+"""Few queries: their arguments as `numba_few` takes them, without a copy of the keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssa_framework.ops.neighbor_attention.numba_call import Call, aligned, flat, unflat
+from ssa_framework.ops.neighbor_attention.numba_few import FewWork, Rows, attend_few, collect_few
+from ssa_framework.ops.neighbor_attention.numba_rows import Array, Tables
+from ssa_framework.ops.neighbor_attention.parts import GraphParts
+from ssa_framework.ops.numba_runtime import parallel_for
+from ssa_framework.ops.numba_simd import LANES
+
+_FEW, _FEW_ON_VIEWS = 8, 64
+"""Most queries that are attended by rows; more where the keys are a view, which other kernels would copy."""
+
+
+def are_few(q: Tensor, k: Tensor) -> bool:
+    """Whether the queries ``q [B, H, N, D]`` of keys ``k`` are few enough."""
+    return q.numel() > 0 and k.numel() > 0 and q.shape[2] <= (_FEW if k.is_contiguous() else _FEW_ON_VIEWS)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, parts: GraphParts, *, scale: float, dropout_p: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """See `ssa_framework.ops.neighbor_attention.numba_cpu.forward`."""
+    dtype = np.dtype(np.float64 if q.dtype == torch.float64 else np.float32)
+    batch, heads, queries, _ = q.shape
+    width, value_width = (-(-x.shape[3] // LANES[dtype]) * LANES[dtype] for x in (q, v))
+    nothing = np.empty(0, dtype)
+    tables = Tables(flat(q, width), nothing, nothing)
+    call = Call(q, k, v, parts, scale, dropout_p, seed, tables=tables)
+    most = call.most_edges + _most_in_parts(call)
+    tasks = _shares(batch * heads)
+    lines = batch * heads * queries
+    counts, edges = np.zeros(0, np.int64), np.empty((0, 0), np.int32)
+    keys, values = _in_place(k, width, dtype), _in_place(v, value_width, dtype)
+    if keys is not None and values is not None and keys[1] == values[1]:
+        rows = Rows(keys[1], False)
+        tables = Tables(tables.q, keys[0], values[0])
+    else:  # converted or copied, but only what is attended to
+        counts, edges = np.zeros(lines, np.int64), np.zeros((lines, most), np.int32)
+
+        def collect(task: int) -> None:
+            collect_few(call.parts, *tasks[task], _work(call, most), edges, counts)
+
+        parallel_for(collect, len(tasks))
+        rows = Rows(int(counts.max(initial=0)), True)
+        listed = torch.from_numpy(edges[:, : rows.per_head]).reshape(batch, heads, -1).long()
+        tables = Tables(tables.q, flat(_listed(k, listed), width), flat(_listed(v, listed), value_width))
+    out, lse = aligned(lines * value_width, dtype), np.empty(lines, dtype)
+
+    def attend(task: int) -> None:
+        attend_few(tables, rows, call.parts, *tasks[task], _work(call, most), edges, counts, out, lse)
+
+    parallel_for(attend, len(tasks))
+    return unflat(out, value_width, q.new_empty((*q.shape[:3], v.shape[3]))), torch.from_numpy(lse).view(q.shape[:3])
+
+
+def _shares(heads: int) -> list[tuple[int, int]]:
+    """Query heads of all batch elements, in equal shares for all threads: a call takes longer than a head."""
+    count = min(heads, torch.get_num_threads())
+    return [(i * heads // count, (i + 1) * heads // count) for i in range(count)]
+
+
+def _in_place(x: Tensor, width: int, dtype: Any) -> tuple[Array, int] | None:
+    """Rows ``[B, H, M, D]`` as one flat array and how many rows lie from one head to the next; ``None`` where they
+    have to be copied."""
+    _, heads, length, dim = x.shape
+    over_batch, over_heads, over_rows, within = x.stride()
+    even = (
+        over_rows == dim
+        and within == 1
+        and over_heads % width == 0
+        and (over_batch == heads * over_heads or len(x) == 1)
+    )
+    if dim != width or not even or not x.numel() or x.dtype not in (torch.float32, torch.float64):
+        return None
+    extent = ((x.shape[0] * heads - 1) * over_heads) + length * dim
+    return torch.as_strided(x.detach(), (extent,), (1,)).numpy(), over_heads // dim
+
+
+def _listed(x: Tensor, keys: Tensor) -> Tensor:
+    """``x [B, Hkv, M, D]`` at ``keys [B, H, E]``: ``[B, H, E, D]``."""
+    batch, heads, _ = keys.shape
+    element = torch.arange(batch)[:, None, None]
+    kv_head = (torch.arange(heads) * x.shape[1] // heads)[:, None]
+    return x.detach()[element, kv_head, keys]
+
+
+def _most_in_parts(call: Call) -> int:
+    """The most keys in the span and the slices of a query, and summaries."""
+    graph, slices, summaries = call.parts.graph, call.parts.slices, call.parts.summaries
+    most = int((graph.span_end - graph.span_start).max(initial=0)) + summaries.log_weight.shape[1]
+    if slices.start.size:
+        most += int((slices.end - slices.start).sum(-1).max(initial=0))
+    return most + 32  # up to whole vectors
+
+
+def _work(call: Call, most: int) -> FewWork:
+    room = -(-max(most, 1) // 16) * 16
+    opened = np.zeros(call.parts.summaries.log_weight.shape[1], np.uint8)
+    return FewWork(
+        np.empty(room, np.int32), np.empty(room, np.int32), aligned(room, call.dtype), aligned(room, call.dtype), opened
+    )

@@ -1,0 +1,155 @@
+"""Gradients of keys and values through slices: block of places by block of places, then places by key.
+
+A place is an index of the order whose slices are attended. Pairs (query, slice) are sorted by the block of places that
+their slice begins in, so that a block finds the pairs that reach it side by side.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ssa_framework.ops.neighbor_attention.triton_backward import key_step
+from ssa_framework.ops.neighbor_attention.triton_tiles import (
+    LOG2_E,
+    band_of,
+    gather,
+    kept_pairs,
+    without_columns,
+)
+
+BLOCK_PLACES = 32
+"""Places of a block, about as many as a cluster has."""
+
+
+class Pairs(NamedTuple):
+    """Pairs of all lists, sorted by the block that their slice begins in, then by query.
+
+    ``order``: int64 ``[lists · N · P]``, the pairs. ``windows``: int64 ``[lists, blocks, 2]``: the first and one past
+    the last of the pairs among which are all that reach a block.
+    """
+
+    order: Tensor
+    windows: Tensor
+
+
+@triton.jit
+def furthest_kernel(ends, order, found, furthest, BLOCK: tl.constexpr):
+    """``furthest [lists, blocks]``: where the last slice ends that begins in each block; ``found [lists, blocks + 1]``:
+    the first pair of each block."""
+    block = tl.program_id(0)
+    index = tl.program_id(1).to(tl.int64)
+    at = found + index * (tl.num_programs(0) + 1) + block
+    first = tl.load(at)
+    count = (tl.load(at + 1) - first).to(tl.int32)
+    last = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, count, BLOCK):
+        entry = start + tl.arange(0, BLOCK)
+        pair = tl.load(order + first + entry, mask=entry < count, other=0)
+        last = tl.maximum(last, tl.load(ends + pair, mask=entry < count, other=0))
+    tl.store(furthest + index * tl.num_programs(0) + block, tl.max(last, 0))
+
+
+def sort_pairs(start: Tensor, end: Tensor, places: int) -> Pairs:
+    """Of slices ``start, end`` int32 ``[b, g, N, P]`` of orders of ``places`` places."""
+    lists, blocks, device = start.shape[0] * start.shape[1], triton.cdiv(places, BLOCK_PLACES), start.device
+    start, end = (x.reshape(lists, -1) for x in (start, end))
+    dtype = torch.int32 if lists * (blocks + 1) < 2**31 else torch.int64
+    number = torch.arange(lists, dtype=dtype, device=device)[:, None] * (blocks + 1)
+    bucket = torch.where(end > start, start // BLOCK_PLACES, blocks) + number
+    bucket, order = bucket.flatten().sort(stable=True)
+    edges = torch.arange(lists * (blocks + 1), dtype=dtype, device=device)
+    found = torch.searchsorted(bucket, edges).view(lists, blocks + 1)
+    furthest = torch.empty((lists, blocks), dtype=torch.int32, device=device)
+    furthest_kernel[(blocks, lists)](end.contiguous(), order, found, furthest, BLOCK=256)
+    # the first block from which some slice reaches this one
+    place = torch.arange(blocks, dtype=torch.int32, device=device) * BLOCK_PLACES
+    earliest = torch.searchsorted(furthest.cummax(1).values, place.expand(lists, -1).contiguous(), right=True)
+    earliest = torch.minimum(earliest, torch.arange(1, blocks + 1, device=device))
+    return Pairs(order, torch.stack([found.gather(1, earliest), found[:, 1:]], dim=-1))
+
+
+def places_of_keys(order: Tensor, windows: Tensor, lists: tuple[int, int], num_keys: int) -> tuple[Tensor, Tensor]:
+    """The places of each key in ``order`` int32 ``[b, g, L]``, ascending, of those in blocks that any pair may reach.
+
+    ``windows``: of `sort_pairs`, of ``lists`` batch elements and heads. Returns int64 ``[b·g·L]``, the places of the
+    flattened orders, and int64 ``[b·g·M + 1]``, where each key's begin.
+    """
+    batches, heads, length = order.shape
+    used = (windows[..., 1] > windows[..., 0]).view(*lists, -1)
+    for axis in range(2):
+        if used.shape[axis] > 1 and order.shape[axis] == 1:
+            used = used.any(axis, keepdim=True)
+    used = used.repeat_interleave(BLOCK_PLACES, dim=2)[..., :length]
+    total = batches * heads * num_keys
+    first = torch.arange(batches * heads, device=order.device).view(batches, heads, 1) * num_keys
+    keys, places = torch.where(used, order + first, total).flatten().sort(stable=True)
+    return places, torch.searchsorted(keys, torch.arange(total + 1, device=order.device))
+
+
+@triton.jit
+def place_gradient_kernel(
+    grad_out, q, k, v, statistics, partial_k, partial_v, fixed, slices, pairs, windows, list_batches, list_heads,
+    num_queries, num_keys, scale,
+    CAUSAL: tl.constexpr, SHARE: tl.constexpr, SHARE_PADDED: tl.constexpr,
+    GROUP: tl.constexpr, Q_ROW: tl.constexpr, GRAD_ROW: tl.constexpr, OFFSET: tl.constexpr,
+    K_ROW: tl.constexpr, V_ROW: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, W: tl.constexpr, WV: tl.constexpr,
+    BLOCK: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``partial_k, partial_v``: float32 ``[B, list heads, L, W or WV]``, for block ``program_id(0)`` of the places of
+    list head ``program_id(1)``, which is ``SHARE`` query heads with the same slices."""
+    block = tl.program_id(0)
+    list_head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    kv_head = list_head // (GROUP // SHARE)
+    # [S]
+    place = block * BLOCK + tl.arange(0, BLOCK)
+    real = place < slices.length
+    order = slices.order + batch * slices.order_batch + list_head * slices.order_head
+    keys = without_columns(fixed, tl.load(order + place * slices.order_place, mask=real, other=-1))
+    # [S, W], [S, WV]
+    key_tile = gather(k.pointer + batch * k.batch + kv_head * k.head, keys, k, K_ROW, D, W)
+    value_tile = gather(v.pointer + batch * v.batch + kv_head * v.head, keys, v, V_ROW, DV, WV)
+    acc_k = tl.zeros((BLOCK, W), tl.float32)
+    acc_v = tl.zeros((BLOCK, WV), tl.float32)
+    head = kv_head * GROUP
+    q_start = q.pointer + batch * q.batch + head * q.head
+    grad_start = grad_out.pointer + batch * grad_out.batch + head * grad_out.head
+    kv_heads = tl.num_programs(1) // (GROUP // SHARE)
+    of_head = statistics + (batch * kv_heads + kv_head) * num_queries * (2 * GROUP)
+    index = (batch % list_batches) * list_heads + list_head % list_heads
+    window = windows + (index * tl.num_programs(0) + block) * 2
+    first_pair = tl.load(window)
+    count = (tl.load(window + 1) - first_pair).to(tl.int32)
+    share = tl.arange(0, QUERIES * SHARE_PADDED) % SHARE_PADDED
+    for start in range(0, count, QUERIES):
+        # [R]
+        entry = start + tl.arange(0, QUERIES * SHARE_PADDED) // SHARE_PADDED
+        inside = entry < count
+        pair = tl.load(pairs + first_pair + entry, mask=inside, other=0)
+        pair = tl.where(inside, pair - index * num_queries * slices.slots, 0)
+        row = (pair // slices.slots).to(tl.int32)
+        at = batch * slices.batch + list_head * slices.head + row.to(tl.int64) * slices.row
+        at += (pair % slices.slots) * slices.slot
+        begin = tl.load(slices.start + at, mask=inside, other=0)
+        end = tl.load(slices.end + at, mask=inside, other=0)
+        first, last = band_of(fixed, row + fixed.offset, num_keys)
+        # [S, R]
+        allowed = (place[:, None] >= begin[None, :]) & (place[:, None] < end[None, :]) & (keys >= 0)[:, None]
+        allowed = allowed & ((keys[:, None] < first[None, :]) | (keys[:, None] > last[None, :]))
+        if CAUSAL:
+            allowed = allowed & (keys[:, None] <= (row + fixed.offset)[None, :])
+        allowed = kept_pairs(fixed, batch, keys, row, allowed)
+        mine = tl.where((share < SHARE) & inside, share + (list_head % (GROUP // SHARE)).to(tl.int32) * SHARE, -1)
+        acc_k, acc_v = key_step(
+            row, mine, allowed, None, key_tile, value_tile, acc_k, acc_v,
+            q, q_start, grad_out, grad_start, of_head, scale * LOG2_E,
+            GROUP, Q_ROW, GRAD_ROW, OFFSET, D, DV, W, WV, PRECISION,
+        )  # fmt: skip
+    to = ((batch * tl.num_programs(1) + list_head) * slices.length + place)[:, None]
+    tl.store(partial_k + to * W + tl.arange(0, W)[None, :], acc_k * scale, mask=real[:, None])
+    tl.store(partial_v + to * WV + tl.arange(0, WV)[None, :], acc_v, mask=real[:, None])

@@ -1,0 +1,69 @@
+"""The Triton kernels that cluster keys, in the interpreter: against torch, and what k-means promises."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssa_framework.errors import BackendUnavailableError
+from ssa_framework.ops.cluster_keys import api, cluster_keys
+from test_cluster_keys import agree, check, randn, same, segments, whole_numbers
+
+
+def both(k: Tensor, starts: Tensor, length: int, clusters: int, **options: int | None) -> None:
+    got, want = (cluster_keys(k, starts, length, clusters, backend=name, **options) for name in ("triton", "torch"))
+    agree(got, want)
+    check(got, k, starts, length, clusters, options.get("capacity"))
+
+
+@pytest.mark.parametrize("capacity", [None, 3, 1000])
+@pytest.mark.parametrize(("iterations", "coarse"), [(0, 0), (4, 2)])
+def test_segments(iterations: int, coarse: int, capacity: int | None) -> None:
+    k = randn(1, 2, 90, 5)
+    both(k, segments(0, -1, 47), 43, 2, iterations=iterations, coarse=coarse, capacity=capacity)
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype"),
+    [(1, torch.float32), (24, torch.bfloat16), (24, torch.float16), (128, torch.float32), (128, torch.bfloat16)],
+)
+def test_widths_and_dtypes(dim: int, dtype: torch.dtype) -> None:
+    starts = torch.tensor([[0, 29], [31, -1]], dtype=torch.int32)
+    both(randn(2, 1, 60, dim).to(dtype).transpose(1, 2).contiguous().transpose(1, 2), starts, 29, 3)
+
+
+def test_ties_go_to_the_lower_number_and_empty_clusters_stay() -> None:
+    k = whole_numbers(1, 1, 64, 3, high=1)
+    both(k, segments(0, 32), 32, 8, iterations=2)
+    both(torch.ones(1, 1, 20, 4), segments(0), 20, 5)
+    both(randn(1, 1, 9, 4), segments(0), 9, 9)
+
+
+@pytest.mark.parametrize(("keys", "starts"), [(5, ()), (0, ()), (5, (-1,))])
+def test_nothing_to_cluster(keys: int, starts: tuple[int, ...]) -> None:
+    k, starts_in = randn(1, 2, keys, 4), torch.tensor([starts], dtype=torch.int32).view(1, -1)
+    same(*(cluster_keys(k, starts_in, 5 + 5 * (not starts), 2, backend=name) for name in ("triton", "torch")))
+
+
+def test_a_segment_does_not_see_the_others() -> None:
+    k = randn(1, 1, 120, 8)
+    first = cluster_keys(k, segments(0, 40, 80), 40, 4, backend="triton")
+    alone = cluster_keys(k[:, :, 40:80], segments(0), 40, 4, backend="triton")
+    slots = alone.size.shape[2]
+    assert torch.equal(first.order[..., 40:80] - 40, alone.order)
+    for name in ("size", "centroids", "variances"):
+        assert torch.equal(getattr(first, name)[:, :, slots : 2 * slots], getattr(alone, name))
+
+
+def test_named_backend_serves_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    k = randn(1, 1, 40, 8)
+
+    def refused(k: Tensor, clusters: int = 4) -> str:
+        with pytest.raises(BackendUnavailableError, match="backend 'triton' cannot cluster here: ") as error:
+            cluster_keys(k, segments(0), 40, clusters, backend="triton")
+        return str(error.value)
+
+    assert "float64" in refused(k.double())
+    assert "up to 8192 coordinates of the centroids of a segment, got 32768" in refused(k.repeat(1, 1, 1, 64), 40)
+    assert "needs CUDA tensors" in refused(k.to("meta"))
+    monkeypatch.setattr(api, "find_spec", lambda name: None)
+    assert "triton is not installed" in refused(k)
