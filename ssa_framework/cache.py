@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +16,21 @@ from ssa_framework.kept_summaries import KeptSummaries
 from ssa_framework.masks import EdgeMask
 from ssa_framework.proposals import KnownTensors, Summaries
 from ssa_framework.source import NeighborSource, RoutingContext
+
+_Method = TypeVar("_Method", bound=Callable[..., None])
+
+
+def _outside_inference_mode(method: _Method) -> _Method:
+    """A cache may be filled in inference mode and be used outside of it, where nobody may write to such tensors."""
+
+    @functools.wraps(method)
+    def run(*args: Any, **kwargs: Any) -> None:
+        if not torch.is_inference_mode_enabled():
+            return method(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return cast(_Method, run)
 
 
 @dataclass
@@ -78,6 +94,7 @@ class LayerCache:
 
     # -- change --------------------------------------------------------------------------------------------------
 
+    @_outside_inference_mode
     def append(self, k: Tensor, v: Tensor, key_keep: Tensor | None = None) -> None:
         """Add tokens at the end.
 
@@ -129,6 +146,7 @@ class LayerCache:
                     f"appended, got {key_keep.dtype} {list(key_keep.shape)}"
                 )
 
+    @_outside_inference_mode
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens and drop the newer ones."""
         _check_length(length, self.length)
@@ -139,6 +157,7 @@ class LayerCache:
             if index.length > length:
                 self._keep_state(name, index, index.source.crop(index.state, length), length)
 
+    @_outside_inference_mode
     def reorder(self, batch_indices: Tensor | Sequence[int]) -> None:
         """Make batch element i the present element ``batch_indices[i]``, as beam search does; elements may repeat,
         and may be left out.

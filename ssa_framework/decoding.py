@@ -55,7 +55,8 @@ def attend_cached(
         raise CacheError("a cache is for inference: decode under torch.no_grad(), or pass detached queries")
     cache.check(k, v, key_keep)
     outs, graph = [], None
-    with torch.no_grad():
+    # what a cache keeps must not be tensors of inference mode, which nobody may write to outside of it
+    with torch.inference_mode(False), torch.no_grad():
         for rows in _pieces(cache.length, q.shape[2], router.dense_below_in_cache):
             here = slice(None) if rows == slice(0, q.shape[2]) else rows
             before = cache.length

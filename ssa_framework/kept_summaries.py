@@ -101,7 +101,9 @@ class KeptSummaries:
         v: Tensor,
     ) -> None:
         """The summaries that queries see, of those that are not there yet."""
-        assert self._tables is not None and self._made is not None and self._since is not None
+        assert self._tables is not None
+        assert self._made is not None
+        assert self._since is not None
         batch, count = self._made.shape
         wanted = torch.zeros((batch, count + 1), dtype=torch.bool, device=k.device)  # the last one: none
         for element in range(batch):
@@ -138,7 +140,7 @@ class KeptSummaries:
 
     @staticmethod
     def _last_keys(members: Tensor, keys: Tensor, count: int) -> Tensor:
-        """The position of the last key of each, int32 ``[B or 1, count]``, of ``members [B or 1, Hkv or 1, R, keys]``."""
+        """The position of the last key of each, int32 ``[B or 1, count]``; ``members [B or 1, Hkv or 1, R, keys]``."""
         nobody = members.new_zeros((1, 1, members.shape[2]))
         some = Summaries(members, count, nobody, nobody)
         levels = [largest_of_members(some, level, keys.int()[None]) for level in range(members.shape[2])]

@@ -174,8 +174,14 @@ def int32(*shape: int, fill: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("proposal", "message"),
     [
-        (lambda: None, "must return Band, Columns, Candidates or Ranges, got NoneType"),
-        (lambda: torch.zeros(3), "must return Band, Columns, Candidates or Ranges, got Tensor"),
+        (
+            lambda: None,
+            "must return Band, Columns, Spans, Candidates, Ranges or Summaries, or several of them, got NoneType",
+        ),
+        (
+            lambda: torch.zeros(3),
+            "must return Band, Columns, Spans, Candidates, Ranges or Summaries, or several of them, got Tensor",
+        ),
         (lambda: Band(0, 0), "set needs_positions = True"),
         (lambda: Columns(torch.tensor([9])), r"Columns.positions must lie in \[0, 8\], got values in \[9, 9\]"),
         (lambda: Columns(torch.tensor([0.5])), "must be int32"),

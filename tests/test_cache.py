@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -13,11 +14,11 @@ from torch import Tensor
 from ssa_framework import (
     CachedGraphSparseTransformer,
     LayerCache,
+    SourceRegistry,
     SparseAttention,
     SparseTransformer,
     SSACache,
     SSAConfig,
-    SourceRegistry,
     build_graph,
     sparse_attention,
 )
@@ -131,10 +132,12 @@ def test_any_chunking_and_cropping(cuts: set[int], crops: list[int], mix: str, p
     keep = left_padded() if padded else None
     want = prefill(router, tokens, keep)
     edges = [0, *sorted(cuts), LENGTH]
-    decode(router, cache, tokens, [b - a for a, b in zip(edges, edges[1:], strict=False)], keep)
+    decode(router, cache, tokens, [b - a for a, b in itertools.pairwise(edges)], keep)
     for length in crops:
         cache.crop(length)
-        got = decode(router, cache, tokens, [1] * min(5, LENGTH - length) + [LENGTH - 5 - length] * (LENGTH - 5 > length), keep)
+        single = min(5, LENGTH - length)
+        chunks = [*[1] * single, LENGTH - length - single]
+        got = decode(router, cache, tokens, [chunk for chunk in chunks if chunk], keep)
         rest = (want[0][:, :, length:], want[1][:, :, length:])
         assert_same(got, rest, None if keep is None else keep[:, length:])
 
@@ -160,7 +163,8 @@ def test_padding_in_the_middle() -> None:
     tokens, router = make_tokens(batch=3), Router(config("preset"))
     keep = torch.rand((3, LENGTH), generator=torch.Generator().manual_seed(1)) > 0.2
     keep[0] = True
-    assert_same(decode(router, LayerCache(), tokens, [40, 1, 1, 30, *[1] * 88], keep), prefill(router, tokens, keep), keep)
+    got = decode(router, LayerCache(), tokens, [40, 1, 1, 30, *[1] * 88], keep)
+    assert_same(got, prefill(router, tokens, keep), keep)
 
 
 def test_padding_that_begins_late() -> None:
@@ -257,6 +261,20 @@ def test_model() -> None:
         cache.reset()
         assert cache.length == 0
         torch.testing.assert_close(model(tokens, cache=cache)[0], whole, rtol=1e-3, atol=1e-4)
+
+
+def test_inference_mode() -> None:
+    """A cache that is filled in inference mode can be used outside of it."""
+    tokens, router, cache = make_tokens(), Router(config("preset")), LayerCache()
+    want = prefill(router, tokens)
+    with torch.inference_mode():
+        decode(router, cache, tokens, [100, *[1] * 10])
+        cache.crop(105)
+        cache.reorder([1, 0])
+        cache.reorder([1, 0])
+        decode(router, cache, tokens, [1] * 5)
+    got = decode(router, cache, tokens, [1] * 50)
+    assert_same(got, (want[0][:, :, 110:], want[1][:, :, 110:]))
 
 
 # -- refused -------------------------------------------------------------------------------------------------------

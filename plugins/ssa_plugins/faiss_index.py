@@ -39,8 +39,8 @@ class FaissIndex(NeighborSource):
     remain after the router has dropped those that the band and the columns cover. (Keys that an ``attn_mask`` or a
     ``mask_mod`` forbids are found too, and dropped: such masks leave slots empty.)
 
-    Decoding adds each block to its index when the next one begins; `reorder` of a cache, and `crop` into an indexed block,
-    build the indices anew.
+    Decoding adds each block to its index when the next one begins; `reorder` of a cache, and `crop` into an indexed
+    block, build the indices anew.
 
     Causal: nothing is computed from keys after the query. The keys are taken in blocks of positions; the queries of
     a block search the index of all earlier blocks, and their own block exactly.

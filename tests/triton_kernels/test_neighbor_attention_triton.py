@@ -248,9 +248,17 @@ def with_summaries(
     return replace(parts, **summaries_of(heads, count, queries, dims, torch.float32, batch, levels))
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("graph_heads", [4, 2], ids=["per-head", "per-group"])
-@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(
+    ("graph_heads", "causal", "dtype"),
+    [
+        (4, False, torch.float32),
+        (4, True, torch.bfloat16),
+        (2, False, torch.float16),
+        (2, True, torch.float32),
+        (2, True, torch.bfloat16),
+    ],
+    ids=str,
+)
 def test_everything_at_once(graph_heads: int, causal: bool, dtype: torch.dtype) -> None:
     parts = replace(MIX, causal=causal, query_offset=20)
     parts = with_slices(with_spans(parts, 6, 41), graph_heads, 6, 41, repeats=2)
@@ -284,10 +292,19 @@ ALONE = {
 
 
 @pytest.mark.parametrize("part", ALONE)
-@pytest.mark.parametrize("dims", [(32, 32), (64, 5), (96, 96), (128, 128)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize(
+    ("dims", "dtype"),
+    [
+        ((32, 32), torch.float16),
+        ((64, 5), torch.bfloat16),
+        ((96, 96), torch.float32),
+        ((128, 128), torch.float32),
+        ((128, 128), torch.bfloat16),
+    ],
+    ids=str,
+)
 def test_one_part_alone(part: str, dims: tuple[int, int], dtype: torch.dtype) -> None:
-    queries, heads = 5 if part == "slices" else 90, (3, 1)
+    queries, heads = 5 if part == "slices" else 40, (3, 1)
     parts = ALONE[part](heads, queries, 150, dims)
     inputs = tensors(queries, 150, heads, *dims, batch=1, dtype=dtype)
     check(inputs, parts, scale=dims[0] ** -0.5)

@@ -35,6 +35,14 @@ class Rows(NamedTuple):
     listed: bool  # no rows of keys, but those that each query attends to, one after the other
 
 
+class Listed(NamedTuple):
+    """The keys of every query, where their rows are gathered first; nothing where they are not."""
+
+    edges: Array  # int32 [B · H · N, E]
+    biases: Array  # [B · H · N, E], or nothing where there are none
+    counts: Array  # int64 [B · H · N]
+
+
 class FewWork(NamedTuple):
     """Buffers of one thread, a whole number of vectors long."""
 
@@ -47,12 +55,11 @@ class FewWork(NamedTuple):
 
 @bare_kernel
 def attend_few(
-    x: Tables, rows: Rows, parts: Parts, start: int, stop: int, work: FewWork, edges: Array, counts: Array, out: Array,
-    lse: Array,
+    x: Tables, rows: Rows, parts: Parts, start: int, stop: int, work: FewWork, listed: Listed, out: Array, lse: Array
 ) -> None:  # fmt: skip
     """``out`` and ``lse`` of all queries of the query heads ``start .. stop``, counted over all batch elements.
 
-    Where ``rows.listed``, the keys of a query are ``counts[line]`` rows of the tables, from ``line * rows.per_head`` on.
+    Where ``rows.listed``, the keys of a query are rows of the tables, as many as it has, from ``line * rows.per_head``.
     """
     shape = parts.shape
     for number in range(start, stop):
@@ -62,10 +69,10 @@ def attend_few(
         for row in range(shape.queries):
             line = number * shape.queries + row
             if rows.listed:
-                count, first = int(counts[line]), line * rows.per_head
+                count, first = int(listed.counts[line]), line * rows.per_head
                 for e in range((count + 15) // 16 * 16):
                     work.rows[e] = min(e, count - 1)
-                    work.added[e] = 0
+                    work.added[e] = listed.biases[line, e] if e < count and listed.biases.shape[0] else 0
             else:
                 count, first = collect_keys(parts, batch, head, row, work), table * rows.per_head
             begin = (count + 15) // 16 * 16
@@ -88,7 +95,7 @@ def attend_few(
                 )  # fmt: skip
             lse[line] = softmax_in_place(scores, end if begin < end else count, parts.scale, True, work.added)
             if parts.dropout.threshold:
-                drop_few(parts, line, count, begin, end, rows.listed, edges, work)
+                drop_few(parts, line, count, begin, end, rows.listed, listed.edges, work)
             add_rows(x.v, first * shape.value_width, shape.value_width, work.rows, scores, 0, count, out, at)
             if begin < end:
                 add_rows(
@@ -98,17 +105,19 @@ def attend_few(
 
 
 @bare_kernel
-def collect_few(parts: Parts, start: int, stop: int, work: FewWork, edges: Array, counts: Array) -> None:
-    """The keys of all queries of the query heads ``start .. stop``: ``edges [B · H · N, E]`` and how many of them."""
+def collect_few(parts: Parts, start: int, stop: int, work: FewWork, listed: Listed) -> None:
+    """Fill ``listed`` for all queries of the query heads ``start .. stop``."""
     shape = parts.shape
     for number in range(start, stop):
         batch, head = number // shape.heads, number % shape.heads
         for row in range(shape.queries):
             line = number * shape.queries + row
             count = collect_keys(parts, batch, head, row, work)
-            counts[line] = count
+            listed.counts[line] = count
             for e in range(count):
-                edges[line, e] = work.rows[e]
+                listed.edges[line, e] = work.rows[e]
+                if listed.biases.shape[0]:
+                    listed.biases[line, e] = work.added[e]
 
 
 @device_function

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ssa_framework.ops.neighbor_attention.numba_call import Call, aligned, flat, unflat
-from ssa_framework.ops.neighbor_attention.numba_few import FewWork, Rows, attend_few, collect_few
+from ssa_framework.ops.neighbor_attention.numba_few import FewWork, Listed, Rows, attend_few, collect_few
 from ssa_framework.ops.neighbor_attention.numba_rows import Array, Tables
 from ssa_framework.ops.neighbor_attention.parts import GraphParts
 from ssa_framework.ops.numba_runtime import parallel_for
@@ -37,25 +37,26 @@ def forward(
     most = call.most_edges + _most_in_parts(call)
     tasks = _shares(batch * heads)
     lines = batch * heads * queries
-    counts, edges = np.zeros(0, np.int64), np.empty((0, 0), np.int32)
+    listed = Listed(np.empty((0, 0), np.int32), np.empty((0, 0), dtype), np.zeros(0, np.int64))
     keys, values = _in_place(k, width, dtype), _in_place(v, value_width, dtype)
     if keys is not None and values is not None and keys[1] == values[1]:
         rows = Rows(keys[1], False)
         tables = Tables(tables.q, keys[0], values[0])
     else:  # converted or copied, but only what is attended to
-        counts, edges = np.zeros(lines, np.int64), np.zeros((lines, most), np.int32)
+        biases = np.zeros((lines if parts.bias is not None else 0, most), dtype)
+        listed = Listed(np.zeros((lines, most), np.int32), biases, np.zeros(lines, np.int64))
 
         def collect(task: int) -> None:
-            collect_few(call.parts, *tasks[task], _work(call, most), edges, counts)
+            collect_few(call.parts, *tasks[task], _work(call, most), listed)
 
         parallel_for(collect, len(tasks))
-        rows = Rows(int(counts.max(initial=0)), True)
-        listed = torch.from_numpy(edges[:, : rows.per_head]).reshape(batch, heads, -1).long()
-        tables = Tables(tables.q, flat(_listed(k, listed), width), flat(_listed(v, listed), value_width))
+        rows = Rows(int(listed.counts.max(initial=0)), True)
+        edges = torch.from_numpy(listed.edges[:, : rows.per_head]).reshape(batch, heads, -1).long()
+        tables = Tables(tables.q, flat(_rows_of(k, edges), width), flat(_rows_of(v, edges), value_width))
     out, lse = aligned(lines * value_width, dtype), np.empty(lines, dtype)
 
     def attend(task: int) -> None:
-        attend_few(tables, rows, call.parts, *tasks[task], _work(call, most), edges, counts, out, lse)
+        attend_few(tables, rows, call.parts, *tasks[task], _work(call, most), listed, out, lse)
 
     parallel_for(attend, len(tasks))
     return unflat(out, value_width, q.new_empty((*q.shape[:3], v.shape[3]))), torch.from_numpy(lse).view(q.shape[:3])
@@ -84,7 +85,7 @@ def _in_place(x: Tensor, width: int, dtype: Any) -> tuple[Array, int] | None:
     return torch.as_strided(x.detach(), (extent,), (1,)).numpy(), over_heads // dim
 
 
-def _listed(x: Tensor, keys: Tensor) -> Tensor:
+def _rows_of(x: Tensor, keys: Tensor) -> Tensor:
     """``x [B, Hkv, M, D]`` at ``keys [B, H, E]``: ``[B, H, E, D]``."""
     batch, heads, _ = keys.shape
     element = torch.arange(batch)[:, None, None]

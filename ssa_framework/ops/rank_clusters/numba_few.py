@@ -120,7 +120,7 @@ def load_query(q: Any, spread: Any, width: int, query: Any) -> None:
 
 @device_function
 def score_level(strips: Any, pair: int, level: int, first: int, stop: int, count: int, scratch: Any) -> int:
-    """Score the clusters of the segments ``first .. stop``, behind ``count`` strips; returns how many there are then."""
+    """Score the clusters of the segments ``first .. stop``, behind ``count`` strips; returns how many they are."""
     numbers, before = strips.numbers[pair], strips.before[pair, level]
     low, high = int(before[first]), int(before[max(first, stop)])
     flat = numbers.reshape(numbers.size)
@@ -165,7 +165,7 @@ def take_largest(count: int, scratch: Any) -> int:
     if best < 0:
         return -1
     place = best * STRIP
-    while not scratch.scores[place] == most:
+    while scratch.scores[place] != most:
         place += 1
     scratch.scores[place] = -np.inf
     find_largest(best, scratch)

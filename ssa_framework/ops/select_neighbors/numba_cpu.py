@@ -78,7 +78,8 @@ def select(q: Tensor, k: Tensor, proposed: Sequence[Proposed], eligible: Eligibl
     if any(_is_scan(p) for p in ordered):
         step = min(step, _SCAN_ROWS)
     blocks = [slice(r, min(r + step, queries)) for r in range(0, queries, step)]
-    if eligible.mask.key_keep is not None and not eligible.zero_padding:  # what stands in the padding may be NaN, which compares with nothing
+    # what stands in the padding may be NaN, which compares with nothing
+    if eligible.mask.key_keep is not None and not eligible.zero_padding:
         k = k.masked_fill(~eligible.mask.key_keep[:, None, :, None], 0.0)
     q_array, k_array, out = as_array(q), as_matrices(k), neighbors.numpy()
     tables = _Tables(eligible)
