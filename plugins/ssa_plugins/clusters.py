@@ -23,6 +23,9 @@ from ssa_framework.plugin import (
 from ssa_plugins.kept_segments import KeptSegments
 from ssa_plugins.segments import Attend, Level, Opened, Places, check_attend, propose, take
 
+_MOST_SEEN = 1024
+"""Clusters, about, that a query sees at most where it sees all of them; the last level may have more."""
+
 _LAST_STEPS = 2
 """Lloyd steps that look at all keys of a segment."""
 
@@ -42,8 +45,8 @@ class Clusters(NeighborSource):
     Clusters are ranked by an estimate of the mean of ``exp(q·k)`` over their keys, from the mean c and the variances
     s² of their coordinates as if these were independent and normal: ``q·c + |q·s|² / (2 sqrt(D))``.
 
-    Where attention is not causal, a query looks at the clusters of all keys, on the highest level that the sequence
-    fills, and at the few keys that are left over. Segments count the real keys of a document: they never cross a
+    Where attention is not causal, a query looks at the clusters of all keys, on the first level that has no more than
+    about 1,024 of them, and at the few keys that are left over. Segments count the real keys of a document: they never cross a
     document's border or hold padding.
 
     Args:
@@ -115,11 +118,15 @@ class Clusters(NeighborSource):
         return propose(ctx, own, opened, attend=self.attend, summaries=self.summaries)
 
     def _sizes(self, ctx: RoutingContext) -> list[tuple[int, int]]:
-        """The levels, or, for one document without causality, one whose segments leave few keys over."""
-        if ctx.causal or ctx.documents is not None or ctx.key_keep is not None:
+        """All levels, or, without causality, the first that is coarse enough for the number of keys."""
+        if ctx.causal:
             return self.levels
-        filled = [level for level in self.levels if level[0] <= ctx.num_keys]
-        segment, cluster = filled[-1] if filled else self.levels[0]
+        filled = [level for level in self.levels if level[0] <= ctx.num_keys] or self.levels[:1]
+        few = [level for level in filled if ctx.num_keys <= level[1] * _MOST_SEEN]
+        segment, cluster = few[0] if few else filled[-1]
+        if ctx.documents is not None or ctx.key_keep is not None:
+            return [(segment, cluster)]
+        # as many keys in each segment, so that few are left over
         return [(max(1, ctx.num_keys // max(1, round(ctx.num_keys / segment))), cluster)]
 
     def _level(
