@@ -19,7 +19,7 @@ import typer
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/benchmarks.md", "docs/choosing.md", "docs/measurements.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/choosing.md", "docs/decode.md", "docs/measurements.md")
 Row = dict[str, str]
 
 
@@ -75,7 +75,7 @@ def cpu_summary() -> str:
 
 
 def cpu_presets() -> str:
-    return summary("cpu_presets.csv", "cpu_presets_32768.csv", "cpu_presets_131072.csv", by_mix=True)
+    return summary("cpu_presets.csv", "cpu_presets_32768.csv", by_mix=True)
 
 
 def timing(name: str, *, mix: bool = False, unit: str = "ms") -> str:
@@ -236,6 +236,23 @@ def recall_model() -> str:
     return table([*head, "attention mass", "output error"], map(line, chosen))
 
 
+def decode() -> str:
+    def line(r: Row) -> list[str]:
+        times = f"{float(r['step_ms']):.2f}", f"{float(r['dense_ms']):.1f}", r["speedup"]
+        return [f"`{r['mix']}`", f"{int(r['length']):,}", *times, f"{int(r['keys_attended']):,}"]
+
+    head = ["mix", "cached tokens", "step, ms", "dense, ms", "dense / sparse", "keys and summaries attended"]
+    return table(head, map(line, rows("decode.csv")))
+
+
+def decode_summary() -> str:
+    found = {(r["mix"], int(r["length"])): r["speedup"] for r in rows("decode.csv") if r["mix"].startswith("preset")}
+    lengths = sorted({length for _, length in found})
+    head = ["dense time / sparse time of a step", *(f"{n:,} cached" for n in lengths)]
+    mixes = dict.fromkeys(mix for mix, _ in found)
+    return table(head, ([mix, *(found[mix, n] for n in lengths)] for mix in mixes))
+
+
 def cluster_levels() -> str:
     def line(r: Row) -> list[str]:
         graph, attend = float(r["graph_ms"]), float(r["attend_ms"])
@@ -273,6 +290,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "routing-settings": routing_settings,
     "routing-recommended": routing_recommended,
     "cluster-levels": cluster_levels,
+    "decode": decode,
+    "decode-summary": decode_summary,
     "perplexity": perplexity,
     "recall-gaussian": recall_gaussian,
     "recall-model": recall_model,
