@@ -46,8 +46,8 @@ class Clusters(NeighborSource):
     s² of their coordinates as if these were independent and normal: ``q·c + |q·s|² / (2 sqrt(D))``.
 
     Where attention is not causal, a query looks at the clusters of all keys, on the first level that has no more than
-    about 1,024 of them, and at the few keys that are left over. Segments count the real keys of a document: they never cross a
-    document's border or hold padding.
+    about 1,024 of them, and at the few keys that are left over. Segments count the real keys of a document: they
+    never cross a document's border or hold padding.
 
     Args:
         levels: keys of a segment and keys per centroid, from level to level; segments are multiples of those before.
