@@ -150,6 +150,14 @@ def device_function(function: Callable[..., Any]) -> Any:
     return numba.njit(nogil=True, fastmath=FAST_MATH, error_model="numpy")(function)
 
 
+def inlined_function(function: Callable[..., Any]) -> Any:
+    """A `device_function` that is inlined however long it is: for what runs for every row of a tile.
+
+    Else each call would write its arrays to the stack, seven numbers each.
+    """
+    return numba.njit(nogil=True, fastmath=FAST_MATH, error_model="numpy", forceinline=True)(function)
+
+
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
 _pool_lock = threading.Lock()

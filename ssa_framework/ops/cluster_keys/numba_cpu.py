@@ -9,7 +9,7 @@ from torch import Tensor
 from ssa_framework.ops.cluster_keys.numba_lloyd import LANES, Scratch, cluster_segments
 from ssa_framework.ops.cluster_keys.types import Clusters, cluster_slots
 from ssa_framework.ops.numba_runtime import Workspace, as_array, parallel_for
-from ssa_framework.ops.numba_simd import TILE, TILE_ROWS
+from ssa_framework.ops.numba_tile_products import TILE, TILE_ROWS
 
 _KEYS_OF_A_TASK = 2048
 

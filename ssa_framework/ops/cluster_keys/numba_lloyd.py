@@ -14,17 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ssa_framework.ops.numba_runtime import bare_kernel, device_function
-from ssa_framework.ops.numba_simd import (
-    TILE,
-    add,
-    copy_numbers,
-    fma,
-    load,
-    nearest_rows,
-    store,
-    sub,
-    transpose_tile,
-)
+from ssa_framework.ops.numba_tile_products import TILE, nearest_rows
+from ssa_framework.ops.numba_vectors import add, copy_numbers, fma, load, store, sub, transpose_tile
 
 LANES = 16
 

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ssa_framework.ops.numba_products import row_by_matrix
 from ssa_framework.ops.numba_runtime import bare_kernel, device_function
-from ssa_framework.ops.numba_simd import place_of_largest, row_by_matrix
+from ssa_framework.ops.numba_vectors import place_of_largest
 
 HYPERPLANE, CROSS_POLYTOPE = 0, 1
 LANES = 16

@@ -16,7 +16,7 @@ from ssa_framework.ops.neighbor_attention.numba_rows import Array, Dropout, Grap
 from ssa_framework.ops.neighbor_attention.numba_tiles import TILE, Parts, Slices, Summaries, Tile
 from ssa_framework.ops.neighbor_attention.parts import GraphParts
 from ssa_framework.ops.numba_runtime import Workspace, as_array
-from ssa_framework.ops.numba_simd import LANES
+from ssa_framework.ops.numba_vectors import LANES
 
 ROWS_PER_TASK = (128, 1024)
 """At least and at most: a task takes the interpreter some 30 µs, in which no other thread can start one."""

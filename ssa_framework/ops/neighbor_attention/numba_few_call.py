@@ -13,7 +13,7 @@ from ssa_framework.ops.neighbor_attention.numba_few import FewWork, Listed, Rows
 from ssa_framework.ops.neighbor_attention.numba_rows import Array, Tables
 from ssa_framework.ops.neighbor_attention.parts import GraphParts
 from ssa_framework.ops.numba_runtime import parallel_for
-from ssa_framework.ops.numba_simd import LANES
+from ssa_framework.ops.numba_vectors import LANES
 
 _FEW, _FEW_ON_VIEWS = 8, 64
 """Most queries that are attended by rows; more where the keys are a view, which other kernels would copy."""

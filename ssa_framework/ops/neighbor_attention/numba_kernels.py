@@ -34,7 +34,7 @@ from ssa_framework.ops.neighbor_attention.numba_rows import (
     weights_in_place,
 )
 from ssa_framework.ops.numba_runtime import bare_kernel, device_function
-from ssa_framework.ops.numba_simd import lanes, load, mul, splat, store, sub
+from ssa_framework.ops.numba_vectors import lanes, load, mul, splat, store, sub
 
 _KEYS_AT_ONCE = 128
 

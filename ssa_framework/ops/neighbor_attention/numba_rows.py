@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ssa_framework.ops.numba_runtime import device_function
-from ssa_framework.ops.numba_simd import (
+from ssa_framework.ops.numba_products import dot_rows
+from ssa_framework.ops.numba_runtime import device_function, inlined_function
+from ssa_framework.ops.numba_vectors import (
     add,
     copy_keys,
-    dot_rows,
     exp,
     fma,
-    inlined_function,
     lanes,
     load,
     max_lanes,

@@ -35,19 +35,9 @@ from ssa_framework.ops.neighbor_attention.numba_tiles import (
     load_strip,
     scale_scores,
 )
-from ssa_framework.ops.numba_runtime import bare_kernel, device_function
-from ssa_framework.ops.numba_simd import (
-    add_four_sums,
-    exp,
-    inlined_function,
-    lanes,
-    load,
-    mul,
-    rows_by_matrix,
-    splat,
-    store,
-    sub,
-)
+from ssa_framework.ops.numba_products import add_four_sums, rows_by_matrix
+from ssa_framework.ops.numba_runtime import bare_kernel, device_function, inlined_function
+from ssa_framework.ops.numba_vectors import exp, lanes, load, mul, splat, store, sub
 
 CHUNK = 64
 """Queries whose weights are kept until they have been added to the gradients of the keys."""

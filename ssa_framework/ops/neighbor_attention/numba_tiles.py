@@ -22,19 +22,17 @@ from ssa_framework.ops.neighbor_attention.numba_rows import (
     query_hash,
     span_of,
 )
-from ssa_framework.ops.numba_runtime import device_function
-from ssa_framework.ops.numba_simd import (
+from ssa_framework.ops.numba_products import add_four_sums, rows_by_matrix
+from ssa_framework.ops.numba_runtime import device_function, inlined_function
+from ssa_framework.ops.numba_vectors import (
     add,
-    add_four_sums,
     exp,
     fma,
-    inlined_function,
     lanes,
     load,
     max_lanes,
     maximum,
     only_lanes,
-    rows_by_matrix,
     splat,
     store,
     sub,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ssa_framework.ops.cluster_keys.types import Clusters
 from ssa_framework.ops.numba_runtime import Workspace, as_array, parallel_for
-from ssa_framework.ops.numba_simd import TILE
+from ssa_framework.ops.numba_tile_products import TILE
 from ssa_framework.ops.rank_clusters.numba_rank import GROUP, LANES, Scratch, build_rows, rank_block
 from ssa_framework.ops.rank_clusters.types import OpenedClusters
 

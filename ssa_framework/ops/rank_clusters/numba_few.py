@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ssa_framework.ops.numba_runtime import bare_kernel, device_function
-from ssa_framework.ops.numba_simd import fma, load, splat, store
+from ssa_framework.ops.numba_vectors import fma, load, splat, store
 
 LANES = 16
 STRIP = 64

@@ -12,17 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ssa_framework.ops.numba_runtime import bare_kernel, device_function
-from ssa_framework.ops.numba_simd import (
-    TILE,
-    TILE_ROWS,
-    copy_numbers,
-    drop_largest,
-    inlined_function,
-    largest_line,
-    rows_by_tile,
-    transpose_tile,
-)
+from ssa_framework.ops.numba_runtime import bare_kernel, device_function, inlined_function
+from ssa_framework.ops.numba_tile_products import TILE, TILE_ROWS, drop_largest, largest_line, rows_by_tile
+from ssa_framework.ops.numba_vectors import copy_numbers, transpose_tile
 
 LANES = 16
 GROUP = TILE_ROWS

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ssa_framework.ops.numba_products import row_by_matrix
 from ssa_framework.ops.numba_runtime import bare_kernel, device_function
-from ssa_framework.ops.numba_simd import copy_numbers, lanes, row_by_matrix, transpose_tile
+from ssa_framework.ops.numba_vectors import copy_numbers, lanes, transpose_tile
 
 GROUP = 256
 """Most queries that share a transposed strip."""
