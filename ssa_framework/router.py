@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssa_framework.cache import LayerCache
+from ssa_framework.cache import IndexStates
 from ssa_framework.config import SSAConfig
 from ssa_framework.crossover import faster_dense
 from ssa_framework.errors import BudgetWarning, ConfigError, ProposalError
@@ -81,7 +81,7 @@ class Router(nn.Module):
         *,
         cross: bool = False,
         source_inputs: Mapping[str, Any] | None = None,
-        cache: LayerCache | None = None,
+        cache: IndexStates | None = None,
     ) -> NeighborGraph:
         """Build the graph.
 
@@ -90,7 +90,7 @@ class Router(nn.Module):
             mask: what is allowed.
             cross: queries and keys are different sequences; sources that compare positions sit out.
             source_inputs: per source name, what the caller wants to tell it with this call.
-            cache: whose keys ``k`` are, and whose last tokens the queries are; sources keep their states there.
+            cache: where sources keep their states of the keys ``k``, whose last tokens the queries are.
 
         Raises:
             ConfigError: no source is left, or inputs for a source that is not in the mix.
@@ -126,7 +126,7 @@ class Router(nn.Module):
         cross: bool,
         source_inputs: Mapping[str, Any] | None = None,
         dense_below: int | None = None,
-        cache: LayerCache | None = None,
+        cache: IndexStates | None = None,
     ) -> NeighborGraph:
         """`forward` with a given ``dense_below``, and unobserved."""
         inputs = dict(source_inputs or {})
@@ -155,7 +155,7 @@ class Router(nn.Module):
         active: Mapping[str, nn.Module],
         inputs: Mapping[str, Any],
         may_be_dense: bool,
-        cache: LayerCache | None,
+        cache: IndexStates | None,
     ) -> NeighborGraph:
         keys = k.shape[2]
         routing_q = self._routing_queries(q, k)
@@ -221,7 +221,7 @@ class Router(nn.Module):
         collected: Sequence[tuple[str, Proposal]],
         mask: EdgeMask,
         columns: Tensor | None,
-        cache: LayerCache | None,
+        cache: IndexStates | None,
     ) -> Summaries | None:
         found = [(name, proposal) for name, proposal in collected if isinstance(proposal, Summaries)]
         if len(found) > 1:
@@ -242,6 +242,8 @@ class Router(nn.Module):
         if not self.shared_by_group or q.shape[1] == k.shape[1]:
             return q
         grouped = q.unflatten(1, (k.shape[1], -1))
+        if q.is_cuda:
+            return grouped.mean(dim=2)  # it adds up in float32 and rounds once
         return grouped.mean(dim=2, dtype=q.dtype if q.dtype == torch.float64 else torch.float32).to(q.dtype)
 
     def _collect(
@@ -251,7 +253,7 @@ class Router(nn.Module):
         mask: EdgeMask,
         active: Mapping[str, nn.Module],
         inputs: Mapping[str, Any],
-        cache: LayerCache | None,
+        cache: IndexStates | None,
     ) -> list[tuple[str, Proposal]]:
         """What every source proposes, by its name, in the order of the sources."""
         collected: list[tuple[str, Proposal]] = []

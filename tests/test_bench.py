@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 
 from ssa_framework import SSAConfig, attention
 from ssa_framework.cli import bench as bench_module
-from ssa_framework.cli.bench import MIXES, bench, plot, run_cases
+from ssa_framework.cli.bench import bench, plot, run_cases
+from ssa_framework.cli.mixes import MIXES
 from ssa_framework.errors import BackendUnavailableError, ConfigError, UnknownOptionError, UnknownSourceError
 from ssa_framework.ops.neighbor_attention import neighbor_attention
 from ssa_framework.quality import bench as quality_bench

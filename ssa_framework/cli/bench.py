@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -21,23 +19,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from ssa_framework.cli.mixes import MIX_HELP, parse_mixes
 from ssa_framework.config import SSAConfig
 from ssa_framework.errors import SSAError
-from ssa_framework.presets import PRESETS
 from ssa_framework.quality.bench import BenchCase, BenchRow, run_case, write_csv
-
-_FIXED: dict[str, dict[str, Any]] = {"self": {}, "window": {"size": 8}, "global": {"tokens": 2}}
-_THOROUGH = {"hash": "cross_polytope", "rounds": 12, "probes": 3, "candidates": 160, "max_planes": 7, "limit": 38}
-MIXES: dict[str, SSAConfig] = {
-    "seed": SSAConfig(),
-    "lsh-cross-polytope": SSAConfig(sources={**_FIXED, "lsh": {"hash": "cross_polytope"}}),
-    "lsh-thorough": SSAConfig(sources={"self": {}, "window": {"size": 16}, "global": {"tokens": 4}, "lsh": _THOROUGH}),
-    **{name: SSAConfig.preset(name) for name in PRESETS},
-    "topk": SSAConfig(sources={"topk": {}}),
-    "window": SSAConfig(sources={"self": {}, "window": {"size": 63}}),
-}
-"""Built-in mixes by name: the original project's default, the same with the better hash, the settings that find most
-on a real model for about 1,000 keys scored by hashing, the presets, exact search, and no content."""
 
 CSV_NAME, PLOT_NAME = "bench.csv", "bench.png"
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito, 2008
@@ -73,8 +58,7 @@ def bench(
     mix: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"Source mix: {', '.join(MIXES)}; or a JSON object of sources and their options; or the path of a "
-            "JSON SSAConfig, which also says what the options below leave out. Repeatable.",
+            help=f"{MIX_HELP} A configuration also says what the options below leave out.",
             show_default="seed",
         ),
     ] = None,
@@ -117,7 +101,7 @@ def bench(
     A case with a wrong result gets no speed. The status is 1 if there is one, or one that could not run.
     """
     axes = _Axes(
-        mixes=_parse_mixes(mix or ["seed"]),
+        mixes=parse_mixes(mix or ["seed"]),
         backends=backend,
         dtypes=[d.value for d in dtype or [DtypeChoice.float32]],
         threads=threads or [1],
@@ -199,39 +183,6 @@ def _merge(config: SSAConfig, given: Mapping[str, Any]) -> dict[str, Any]:
         "seed": config.seed,
     }
     return {name: configured[name] if value is None else value for name, value in given.items()}
-
-
-def _parse_mixes(texts: Sequence[str]) -> dict[str, SSAConfig]:
-    parsed = [_parse_mix(text) for text in dict.fromkeys(texts)]
-    count = Counter(name for name, _, _ in parsed)
-    return {name if count[name] == 1 else text: config for name, text, config in parsed}
-
-
-def _parse_mix(text: str) -> tuple[str, str, SSAConfig]:
-    """Short name, the text itself, and the configuration."""
-    if text in MIXES:
-        return text, text, MIXES[text]
-    try:
-        if text.lstrip().startswith("{"):
-            config = SSAConfig(sources=json.loads(text))
-            return _describe(config.source_mix), text, config
-        path = Path(text)
-        if path.is_file():
-            return path.stem, text, SSAConfig.from_json(path)
-    except json.JSONDecodeError as error:
-        raise _bad("--mix", f"{text!r} is not JSON: {error}") from error
-    except (SSAError, TypeError, UnicodeDecodeError, OSError) as error:
-        raise _bad("--mix", f"{text!r}: {error}") from error
-    raise _bad(
-        "--mix",
-        f"{text!r} is neither a built-in mix ({', '.join(MIXES)}), nor a JSON object of sources such as "
-        f'{{"window": {{"size": 8}}}}, nor a file with a JSON SSAConfig',
-    )
-
-
-def _describe(sources: Mapping[str, Mapping[str, Any]]) -> str:
-    options = {name: ", ".join(f"{option}={value}" for option, value in o.items()) for name, o in sources.items()}
-    return " + ".join(f"{name}({text})" if text else name for name, text in options.items())
 
 
 def _parse_dense_below(text: str | None) -> int | Literal["auto"] | None:

@@ -41,7 +41,7 @@ from ssa_framework.router import Router
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 MODES = ("forward", "forward+backward")
 LARGEST_DIFFERENCE = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-5, "float64": 1e-12}
-"""Of an output that counts as right, relative to the largest value, where scores are small; see `_rounding`."""
+"""Of an output that counts as right, relative to the largest value, where scores are small; see `score_rounding`."""
 LARGEST_GRADIENT_DIFFERENCE = {"float16": 2e-3, "bfloat16": 1.5e-2, "float32": 1e-5, "float64": 1e-12}
 """The same of gradients, relative to the largest element of each."""
 MIN_ROUNDS, MAX_ROUNDS = 3, 50
@@ -64,6 +64,7 @@ class BenchCase:
         mode: one of `MODES`.
         seed: of the data and of everything random in the sources.
         dense_below: see `SSAConfig`.
+        captured: time replays of CUDA graphs, of the dense call too, so that the host's time does not count.
     """
 
     mix: str
@@ -82,6 +83,7 @@ class BenchCase:
     seed: int = 0
     dense_below: int | Literal["auto"] | None = None
     device: str = "cpu"
+    captured: bool = False
 
     @property
     def config(self) -> SSAConfig:
@@ -112,6 +114,8 @@ class BenchCase:
             number = getattr(self, name)
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise ConfigError(f"{name} must be an integer >= 1, got {number!r}")
+        if self.captured and torch.device(self.device).type != "cuda":
+            raise ConfigError(f"captured: only calls on a CUDA device are captured, got device {self.device!r}")
         check_backend(self.backend)
         Router(self.config)  # it resolves the sources and hands them their options
 
@@ -288,6 +292,8 @@ def _run(
         return BenchRow(case, "failed", message, **found)
     stage("time")
     contestants = {"dense": calls.dense, "sparse": calls.sparse, "graph": calls.build}
+    if case.captured:
+        contestants = {name: _replay_of(call) for name, call in contestants.items()}
     found |= _time(contestants, case.threads, min_seconds)
     stage("memory")
     found |= {
@@ -315,17 +321,18 @@ class _Calls:
         if tensors is None:  # in the dtype: at a million tokens, float32 would not fit beside it
             made = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for shape in shapes)
         q, k, v = made if tensors is None else tensors
-        self.case = case
+        self.config = case.config
+        self.causal = case.causal
         self.backward = case.mode == "forward+backward"
         self.q, self.k, self.v = (x.detach().to(device, dtype).requires_grad_(self.backward) for x in (q, k, v))
         self.upstream = torch.randn(shapes[0], generator=generator, device=device, dtype=dtype)
         self.dense_kernel = _fastest_kernel(self._dense, device)
 
     def build(self) -> NeighborGraph:
-        return build_graph(self.q, self.k, config=self.case.config)
+        return build_graph(self.q, self.k, config=self.config)
 
     def attend(self, graph: NeighborGraph) -> Tensor:
-        return sparse_attention(self.q, self.k, self.v, config=self.case.config, graph=graph, enable_gqa=True)
+        return sparse_attention(self.q, self.k, self.v, config=self.config, graph=graph, enable_gqa=True)
 
     def sparse(self) -> object:
         return self._with_gradients(self.attend(self.build()))
@@ -335,8 +342,7 @@ class _Calls:
 
     def _dense(self) -> object:
         grouped = self.q.shape[1] != self.k.shape[1]
-        causal = self.case.causal
-        out = F.scaled_dot_product_attention(self.q, self.k, self.v, is_causal=causal, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(self.q, self.k, self.v, is_causal=self.causal, enable_gqa=grouped)
         return self._with_gradients(out)
 
     def _with_gradients(self, out: Tensor) -> object:
@@ -380,7 +386,7 @@ def _check(case: BenchCase, calls: _Calls, graph: NeighborGraph) -> list[tuple[s
     out = calls.attend(graph)
     inputs = calls.q, calls.k, calls.v
     difference = output_difference(*inputs, graph, out.detach(), sample=sample, seed=case.seed)
-    rounding = _rounding(calls.q, calls.k)
+    rounding = score_rounding(calls.q, calls.k)
     checks = [("output_difference", difference, LARGEST_DIFFERENCE[case.dtype] + rounding)]
     if calls.backward:
         difference = _gradient_difference(calls, out, graph, sample, case.seed)
@@ -389,7 +395,7 @@ def _check(case: BenchCase, calls: _Calls, graph: NeighborGraph) -> list[tuple[s
 
 
 @torch.no_grad()
-def _rounding(query: Tensor, key: Tensor) -> float:
+def score_rounding(query: Tensor, key: Tensor) -> float:
     """Relative error of a weight that comes from rounding its score, at most: it grows with the score."""
     largest = float(query.float().norm(dim=-1).max() * key.float().norm(dim=-1).max()) * query.shape[-1] ** -0.5
     return largest * torch.finfo(torch.float64 if query.dtype == torch.float64 else torch.float32).eps
@@ -421,6 +427,20 @@ def _gradient_difference(calls: _Calls, out: Tensor, graph: NeighborGraph, sampl
 
 
 # -- cost ------------------------------------------------------------------------------------------------------------
+
+
+def _replay_of(call: Callable[[], object]) -> Callable[[], object]:
+    """Replays what the call does on the GPU, see `torch.cuda.CUDAGraph`."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def _time(contestants: Mapping[str, Callable[[], object]], threads: int, seconds: float) -> dict[str, Timing]:

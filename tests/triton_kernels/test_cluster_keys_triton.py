@@ -63,7 +63,7 @@ def test_named_backend_serves_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -
         return str(error.value)
 
     assert "float64" in refused(k.double())
-    assert "up to 8192 coordinates of the centroids of a segment, got 32768" in refused(k.repeat(1, 1, 1, 64), 40)
+    assert "up to 16384 coordinates of the centroids of a segment, got 32768" in refused(k.repeat(1, 1, 1, 64), 40)
     assert "needs CUDA tensors" in refused(k.to("meta"))
     monkeypatch.setattr(api, "find_spec", lambda name: None)
     assert "triton is not installed" in refused(k)

@@ -81,7 +81,7 @@ def test_named_backend_serves_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -
         return str(error.value)
 
     assert "float64" in refused(q.double())
-    assert "up to 64 clusters a query, got 65" in refused(q, 65)
+    assert "up to 256 clusters a query, got 257" in refused(q, 257)
     assert "needs CUDA tensors" in refused(q.to("meta"))
     monkeypatch.setattr(api, "find_spec", lambda name: None)
     assert "triton is not installed" in refused(q)

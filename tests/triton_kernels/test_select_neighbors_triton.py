@@ -109,7 +109,7 @@ def eligible_keys(case: Case) -> Eligible:
         **masks,
     )
     covered = case.mask == "covered"
-    columns = torch.tensor([0, 3], dtype=torch.int32) if covered else None
+    columns = torch.tensor([c for c in (0, 3) if c < case.keys], dtype=torch.int32) if covered else None
     return Eligible(mask, case.heads, case.keys, Band(2, 0 if case.causal else 1) if covered else None, columns)
 
 

@@ -68,26 +68,28 @@ def cluster_keys(
     _check_reach(starts, k.shape[2], length)
     if backend not in _BACKENDS:
         raise BackendUnavailableError(f"backend {backend!r} cannot cluster keys; use one of {', '.join(_BACKENDS)}")
-    # computed once for all implementations: they would not round alike
-    initial = torch.linspace(0, length - 1, clusters).to(torch.int32)
     stride = max(1, length // (_COARSE_KEYS * clusters))
     steps = [-(-length // stride)] * coarse + [length] * (iterations - coarse)
     on_cpu = k.device.type == "cpu"
+
+    def initial() -> Tensor:  # at even distances
+        return (torch.arange(clusters, device=k.device) * (length - 1) // max(1, clusters - 1)).to(torch.int32)
+
     if backend == "numba" and not on_cpu:
         raise BackendUnavailableError(f"backend 'numba' serves CPU tensors, got {k.device}; use backend='auto'")
     if backend in ("auto", "numba") and on_cpu:
         from ssa_framework.ops.cluster_keys import numba_cpu  # Numba takes a moment to import
 
-        return numba_cpu.cluster(k, starts, length, initial, steps, stride, capacity)
+        return numba_cpu.cluster(k, starts, length, initial(), steps, stride, capacity)
     if backend == "triton" or (backend == "auto" and k.device.type == "cuda"):
         reason = _why_not_triton(k, clusters)
         if reason is None:
             from ssa_framework.ops.cluster_keys import triton_cuda
 
-            return triton_cuda.cluster(k, starts, length, initial, steps, stride, capacity)
+            return triton_cuda.cluster(k, starts, length, clusters, steps, stride, capacity)
         if backend == "triton":
             raise BackendUnavailableError(f"backend 'triton' cannot cluster here: {reason}; use backend='auto'")
-    return torch_lloyd.cluster(k, starts, length, initial, steps, stride, capacity)
+    return torch_lloyd.cluster(k, starts, length, initial(), steps, stride, capacity)
 
 
 def _why_not_triton(k: Tensor, clusters: int) -> str | None:

@@ -20,7 +20,7 @@ def cluster(
     batch, heads, keys, dim = k.shape
     segments = starts.shape[1]
     slots = cluster_slots(length, initial.shape[0], capacity)
-    starts = starts.to(k.device).expand(batch, -1)
+    starts = starts.expand(batch, -1)
     order = torch.zeros((batch, heads, segments, length), dtype=torch.int32, device=k.device)
     size = torch.zeros((batch, heads, segments, slots), dtype=torch.int32, device=k.device)
     centroids = torch.zeros((batch, heads, segments, slots, dim), dtype=torch.float32, device=k.device)
@@ -35,7 +35,7 @@ def cluster(
             some = rows[first : first + _AT_ONCE]
             count = some.shape[0]
             some = torch.cat([some, some.new_zeros(_AT_ONCE - count, length, dim)])
-            found = _cluster(some, initial.to(k.device).long(), steps, stride, capacity, slots)
+            found = _cluster(some, initial.long(), steps, stride, capacity, slots)
             for out, result in zip(outputs, found, strict=True):
                 out[first : first + count] = result[:count]
         used = (starts >= 0)[:, None, :, None]

@@ -1,6 +1,14 @@
-"""Kernels of k-means: a program takes one segment through all of its steps; a program averages one cluster."""
+"""Kernels of k-means: steps of a whole segment or of a part of it, who belongs to whom, and the clusters in order.
+
+Centroids are kept as differences from a point near the keys of the segment, the mean of the first centroids, as float32
+``[CLUSTERS, W]``. They are multiplied in two bfloat16 parts, and the sum of these parts is what counts as the centroid,
+in the products and in its square. bfloat16 keys are multiplied as they are, others as two parts of their difference
+from that point.
+"""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -8,104 +16,240 @@ import triton.language as tl
 from ssa_framework.ops.triton_runtime import dot
 
 
+class Segments(NamedTuple):
+    """Keys ``[B, Hkv, M, D]`` with their strides, and the ``count`` segments of ``length`` keys in them: ``starts``
+    int32 ``[B, count]``, whose stride along the batch is ``starts_batch``."""
+
+    k: Any
+    k_batch: Any
+    k_head: Any
+    k_key: Any
+    k_dim: Any
+    starts: Any
+    starts_batch: Any
+    count: Any
+    length: Any
+
+
+class Centroids(NamedTuple):
+    """``table`` float32 ``[B, Hkv, F, CLUSTERS, W]`` and ``middle`` float32 ``[B, Hkv, F, W]``, the point that they are
+    measured from; ``clusters`` of them are real."""
+
+    table: Any
+    middle: Any
+    clusters: Any
+
+
 @triton.jit
-def _keys_of(segment, place, inside, key_stride, dim_stride, D: tl.constexpr, W: tl.constexpr):
-    """Keys ``place [S]`` of a segment: float32 ``[S, W]``."""
+def _segment(segments, number):
+    """The number of this segment among all, of int64, where its keys begin, and its start, -1 = not used."""
+    batch = tl.program_id(2).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    start = tl.load(segments.starts + batch * segments.starts_batch + number)
+    keys = segments.k + batch * segments.k_batch + head * segments.k_head
+    # what is not used is computed as if it began at the first key
+    keys += tl.maximum(start, 0).to(tl.int64) * segments.k_key
+    return (batch * tl.num_programs(1) + head) * segments.count + number, keys, start
+
+
+@triton.jit
+def _keys(keys, segments, place, inside, D: tl.constexpr, W: tl.constexpr):
+    """Keys ``place [S]``: ``[S, W]``, zeros where not ``inside``."""
     dims = tl.arange(0, W)[None, :]
-    at = place[:, None].to(tl.int64) * key_stride + dims * dim_stride
-    return tl.load(segment + at, mask=inside[:, None] & (dims < D), other=0.0).to(tl.float32)
+    at = place[:, None].to(tl.int64) * segments.k_key + dims * segments.k_dim
+    return tl.load(keys + at, mask=inside[:, None] & (dims < D), other=0.0)
 
 
 @triton.jit
-def _nearest(x, centroids, bias, CLUSTERS: tl.constexpr, PRECISION: tl.constexpr):
-    """The first of the nearest ``centroids [CLUSTERS, W]`` of each row of ``x [S, W]``."""
-    scores = dot(x, tl.trans(centroids), tl.zeros((x.shape[0], CLUSTERS), tl.float32), PRECISION) + bias[None, :]
+def _parts(x):
+    """bfloat16 tensors whose sum is float32 ``x``, up to a 2**-17th of it."""
+    high = x.to(tl.bfloat16)
+    return high, (x - high.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def _read(centroids, index, CLUSTERS: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr):
+    """Two parts ``[CLUSTERS, W]`` of the centroids, what their scores begin with ``[CLUSTERS]``, and the middle."""
+    dims = tl.arange(0, W)
+    number = tl.arange(0, CLUSTERS)
+    middle = tl.load(centroids.middle + index * W + dims)
+    at = (index * CLUSTERS + number[:, None]) * W + dims[None, :]
+    high, low = _parts(tl.load(centroids.table + at))
+    whole = high.to(tl.float32) + low.to(tl.float32)
+    bias = tl.sum(whole * whole, 1) / -2
+    if PARTS == 1:  # keys are multiplied without being centred
+        bias -= tl.sum(whole * middle[None, :], 1)
+    return high, low, tl.where(number < centroids.clusters, bias, -float("inf")), middle
+
+
+@triton.jit
+def _nearest(x, rest, high, low, bias, CLUSTERS: tl.constexpr, PARTS: tl.constexpr):
+    """The first of the nearest centroids of each row of ``x + rest [S, W]``: int32 ``[S]``."""
+    scores = dot(x, tl.trans(low), tl.zeros((x.shape[0], CLUSTERS), tl.float32), "ieee")
+    if PARTS == 2:
+        scores = dot(rest, tl.trans(high), scores, "ieee")
+    scores = dot(x, tl.trans(high), scores, "ieee") + bias[None, :]
     number = tl.arange(0, CLUSTERS)[None, :]
-    best = scores == tl.max(scores, 1)[:, None]
-    # a row of NaNs equals nothing
-    return tl.minimum(tl.min(tl.where(best, number, CLUSTERS), 1), CLUSTERS - 1)
+    best = tl.min(tl.where(scores == tl.max(scores, 1)[:, None], number, CLUSTERS), 1)
+    return tl.where(best < CLUSTERS, best, 0)  # a row of NaNs equals nothing
+
+
+@triton.jit
+def _tile(keys, segments, place, inside, middle, D: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr):
+    """Keys ``[S, W]`` as they are multiplied: themselves, or two parts of their difference from ``middle``."""
+    x = _keys(keys, segments, place, inside, D, W)
+    if PARTS == 1:
+        return x, x
+    return _parts(tl.where(inside[:, None], x.to(tl.float32) - middle[None, :], 0.0))
+
+
+@triton.jit
+def _members(owner, inside, number):
+    """bfloat16 ``[CLUSTERS, S]``: 1 where a key belongs to a centroid."""
+    members = (owner[None, :] == number[:, None]) & inside[None, :]
+    return members.to(tl.float32).to(tl.bfloat16)  # the interpreter cannot make bfloat16 of integers
+
+
+@triton.jit
+def _added(members, size, KEYS: tl.constexpr):
+    """``size [CLUSTERS, 16]``, all columns alike, and the keys of each centroid: a product takes fewer instructions
+    than a sum across lanes, and is as exact."""
+    return dot(members, tl.full((KEYS, 16), 1.0, tl.bfloat16), size, "ieee")
+
+
+@triton.jit
+def _sums(
+    keys, segments, centroids, index, first_key, last_key, apart,
+    D: tl.constexpr, W: tl.constexpr, KEYS: tl.constexpr, CLUSTERS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Sums ``[CLUSTERS, W]`` and numbers ``[CLUSTERS]``, float32, of the keys of each centroid, of every ``apart``-th
+    key."""
+    high, low, bias, middle = _read(centroids, index, CLUSTERS, W, PARTS)
+    number = tl.arange(0, CLUSTERS)
+    sums = tl.zeros((CLUSTERS, W), tl.float32)
+    size = tl.zeros((CLUSTERS, 16), tl.float32)
+    for first in range(first_key, last_key, KEYS):
+        nth = first + tl.arange(0, KEYS)
+        inside = nth < last_key
+        x, rest = _tile(keys, segments, nth * apart, inside, middle, D, W, PARTS)
+        owner = _nearest(x, rest, high, low, bias, CLUSTERS, PARTS)
+        members = _members(owner, inside, number)
+        size = _added(members, size, KEYS)
+        if PARTS == 2:
+            sums = dot(members, rest, sums, "ieee")
+        sums = dot(members, x, sums, "ieee")
+    return sums, tl.max(size, 1)
+
+
+@triton.jit
+def _moved(sums, size, middle, before, PARTS: tl.constexpr):
+    """The centroids with these ``sums [CLUSTERS, W]`` of keys; as ``before`` where there are none."""
+    mean = sums / tl.maximum(size, 1.0)[:, None]
+    if PARTS == 1:
+        mean -= middle[None, :]
+    return tl.where((size > 0)[:, None], mean, before)
+
+
+@triton.jit
+def _assign(
+    keys, segments, centroids, index, owners, first_key, last_key,
+    D: tl.constexpr, W: tl.constexpr, KEYS: tl.constexpr, CLUSTERS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Write the ``owners`` of the keys of a part; returns how many each centroid has, int32 ``[CLUSTERS]``."""
+    high, low, bias, middle = _read(centroids, index, CLUSTERS, W, PARTS)
+    number = tl.arange(0, CLUSTERS)
+    count = tl.zeros((CLUSTERS, 16), tl.float32)
+    for first in range(first_key, last_key, KEYS):
+        place = first + tl.arange(0, KEYS)
+        inside = place < last_key
+        x, rest = _tile(keys, segments, place, inside, middle, D, W, PARTS)
+        owner = _nearest(x, rest, high, low, bias, CLUSTERS, PARTS)
+        tl.store(owners + index * segments.length + place, owner.to(tl.int16), mask=inside)
+        count = _added(_members(owner, inside, number), count, KEYS)
+    return tl.max(count, 1).to(tl.int32)
 
 
 @triton.jit
 def lloyd_kernel(
-    k, k_batch, k_head, k_key, k_dim, starts, starts_batch, segments, initial, owners, counts, length, clusters,
-    coarse, coarse_keys, stride, iterations,
-    D: tl.constexpr, W: tl.constexpr, KEYS: tl.constexpr, CLUSTERS: tl.constexpr, PRECISION: tl.constexpr,
+    segments, centroids, owners, counts, coarse, coarse_keys, stride, steps,
+    D: tl.constexpr, W: tl.constexpr, KEYS: tl.constexpr, CLUSTERS: tl.constexpr, PARTS: tl.constexpr,
+    LAST: tl.constexpr,
 ):  # fmt: skip
-    """``owners`` int32 ``[B, Hkv, F, L]`` and ``counts`` int32 ``[B, Hkv, F, clusters]`` of segment ``program_id(0)``.
-
-    ``coarse`` of the ``iterations`` look at ``coarse_keys`` keys, ``stride`` apart. A segment that is not used is
-    computed as if it began at the first key.
-    """
-    batch = tl.program_id(2).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
-    index = (batch * tl.num_programs(1) + head) * segments + tl.program_id(0)
-    start = tl.maximum(tl.load(starts + batch * starts_batch + tl.program_id(0)), 0).to(tl.int64)
-    segment = k + batch * k_batch + head * k_head + start * k_key
+    """The first ``steps`` of segment ``program_id(0)``, of which ``coarse`` look at ``coarse_keys`` keys, ``stride``
+    apart. ``LAST``: these are all; write ``owners`` int16 ``[B, Hkv, F, L]`` and ``counts`` int32 ``[B, Hkv, F, 1,
+    CLUSTERS]``."""
+    index, keys, _ = _segment(segments, tl.program_id(0))
     number = tl.arange(0, CLUSTERS)
-    real = number < clusters
-    total = tl.zeros((W,), tl.float32)
-    for first in range(0, length, KEYS):
-        place = first + tl.arange(0, KEYS)
-        total += tl.sum(_keys_of(segment, place, place < length, k_key, k_dim, D, W), 0)
-    mean = (total / length)[None, :]
-    centroids = _keys_of(segment, tl.load(initial + number, mask=real, other=0), real, k_key, k_dim, D, W)
-    centroids = tl.where(real[:, None], centroids - mean, 0.0)
-    for step in range(iterations):
-        bias = tl.where(real, tl.sum(centroids * centroids, 1) / -2, -float("inf"))
+    dims = tl.arange(0, W)
+    real = number < centroids.clusters
+    place = number.to(tl.int64) * (segments.length - 1) // tl.maximum(centroids.clusters - 1, 1)
+    initial = _keys(keys, segments, place, real, D, W).to(tl.float32)
+    middle = tl.sum(initial, 0) / centroids.clusters
+    tl.store(centroids.middle + index * W + dims, middle)
+    table = centroids.table + ((index * CLUSTERS + number[:, None]) * W + dims[None, :])
+    tl.store(table, tl.where(real[:, None], initial - middle[None, :], 0.0))
+    tl.debug_barrier()  # read back in another order than written
+    for step in range(steps):
         apart = tl.where(step < coarse, stride, 1)
-        keys = tl.where(step < coarse, coarse_keys, length)
-        sums = tl.zeros((CLUSTERS, W), tl.float32)
-        size = tl.zeros((CLUSTERS,), tl.float32)
-        for first in range(0, keys, KEYS):
-            nth = first + tl.arange(0, KEYS)
-            inside = nth < keys
-            x = _keys_of(segment, nth * apart, inside, k_key, k_dim, D, W) - mean
-            x = tl.where(inside[:, None], x, 0.0)
-            owner = _nearest(x, centroids, bias, CLUSTERS, PRECISION)
-            # [CLUSTERS, S]
-            members = ((owner[None, :] == number[:, None]) & inside[None, :]).to(tl.float32)
-            sums = dot(members, x, sums, PRECISION)
-            size += tl.sum(members, 1)
-        centroids = tl.where((size > 0)[:, None], sums / tl.maximum(size, 1.0)[:, None], centroids)
-    bias = tl.where(real, tl.sum(centroids * centroids, 1) / -2, -float("inf"))
-    count = tl.zeros((CLUSTERS,), tl.int32)
-    for first in range(0, length, KEYS):
-        place = first + tl.arange(0, KEYS)
-        inside = place < length
-        x = _keys_of(segment, place, inside, k_key, k_dim, D, W) - mean
-        owner = _nearest(tl.where(inside[:, None], x, 0.0), centroids, bias, CLUSTERS, PRECISION)
-        tl.store(owners + index * length + place, owner, mask=inside)
-        count += tl.sum(((owner[None, :] == number[:, None]) & inside[None, :]).to(tl.int32), 1)
-    tl.store(counts + index * clusters + number, count, mask=real)
+        last = tl.where(step < coarse, coarse_keys, segments.length)
+        sums, size = _sums(keys, segments, centroids, index, 0, last, apart, D, W, KEYS, CLUSTERS, PARTS)
+        moved = _moved(sums, size, tl.load(centroids.middle + index * W + dims), tl.load(table), PARTS)
+        tl.debug_barrier()
+        tl.store(table, moved)
+        tl.debug_barrier()
+    if LAST:
+        count = _assign(keys, segments, centroids, index, owners, 0, segments.length, D, W, KEYS, CLUSTERS, PARTS)
+        tl.store(counts + index * CLUSTERS + number, count)
 
 
 @triton.jit
-def average_kernel(
-    k, k_batch, k_head, k_key, k_dim, order, start, size, centroids, variances, places,
-    D: tl.constexpr, W: tl.constexpr, KEYS: tl.constexpr,
+def sum_kernel(
+    segments, centroids, sums, sizes, parts, keys_of_part,
+    D: tl.constexpr, W: tl.constexpr, KEYS: tl.constexpr, CLUSTERS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """``centroids`` and ``variances``, float32 ``[B, Hkv, S, D]``, of slot ``program_id(0)``: of the keys
-    ``order[start : start + size]``; ``order [B, Hkv, places]``. Zeros for an empty slot."""
-    batch = tl.program_id(2).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
-    of_head = batch * tl.num_programs(1) + head
-    slot = of_head * tl.num_programs(0) + tl.program_id(0)
-    count = tl.load(size + slot)
-    first_key = order + of_head * places + tl.load(start + slot)
-    table = k + batch * k_batch + head * k_head
-    total = tl.zeros((W,), tl.float32)
-    for first in range(0, count, KEYS):
-        nth = first + tl.arange(0, KEYS)
-        key = tl.load(first_key + nth, mask=nth < count, other=0)
-        total += tl.sum(_keys_of(table, key, nth < count, k_key, k_dim, D, W), 0)
-    mean = total / tl.maximum(count, 1)
-    squares = tl.zeros((W,), tl.float32)
-    for first in range(0, count, KEYS):
-        nth = first + tl.arange(0, KEYS)
-        key = tl.load(first_key + nth, mask=nth < count, other=0)
-        apart = _keys_of(table, key, nth < count, k_key, k_dim, D, W) - mean[None, :]
-        squares += tl.sum(tl.where((nth < count)[:, None], apart * apart, 0.0), 0)
+    """Sums float32 ``[B, Hkv, F, parts, CLUSTERS, W]`` and sizes ``[B, Hkv, F, parts, CLUSTERS]`` of part
+    ``program_id(0)``, counted through all segments."""
+    part = tl.program_id(0) % parts
+    index, keys, _ = _segment(segments, tl.program_id(0) // parts)
+    first = part * keys_of_part
+    last = tl.minimum(first + keys_of_part, segments.length)
+    total, size = _sums(keys, segments, centroids, index, first, last, 1, D, W, KEYS, CLUSTERS, PARTS)
+    number = tl.arange(0, CLUSTERS)
+    out = (index * parts + part) * CLUSTERS + number
+    tl.store(sizes + out, size)
+    tl.store(sums + out[:, None] * W + tl.arange(0, W)[None, :], total)
+
+
+@triton.jit
+def move_kernel(
+    centroids, sums, sizes, parts, W: tl.constexpr, CLUSTERS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr
+):
+    """Move ``ROWS`` centroids to the means of their keys, adding up the parts of the segment in order."""
     dims = tl.arange(0, W)
-    tl.store(centroids + slot * D + dims, mean, mask=dims < D)
-    tl.store(variances + slot * D + dims, squares / tl.maximum(count, 1), mask=dims < D)
+    blocks: tl.constexpr = CLUSTERS // ROWS
+    index = tl.program_id(0).to(tl.int64) // blocks
+    number = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros((ROWS, W), tl.float32)
+    size = tl.zeros((ROWS,), tl.float32)
+    for part in range(parts):
+        at = (index * parts + part) * CLUSTERS + number
+        size += tl.load(sizes + at)
+        total += tl.load(sums + at[:, None] * W + dims[None, :])
+    table = centroids.table + ((index * CLUSTERS + number)[:, None] * W + dims[None, :])
+    moved = _moved(total, size, tl.load(centroids.middle + index * W + dims), tl.load(table), PARTS)
+    tl.store(table, moved)
+
+
+@triton.jit
+def assign_kernel(
+    segments, centroids, owners, counts, parts, keys_of_part,
+    D: tl.constexpr, W: tl.constexpr, KEYS: tl.constexpr, CLUSTERS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """``owners`` int16 ``[B, Hkv, F, L]`` and ``counts`` int32 ``[B, Hkv, F, parts, CLUSTERS]`` of part
+    ``program_id(0)``, counted through all segments."""
+    part = tl.program_id(0) % parts
+    index, keys, _ = _segment(segments, tl.program_id(0) // parts)
+    first = part * keys_of_part
+    last = tl.minimum(first + keys_of_part, segments.length)
+    count = _assign(keys, segments, centroids, index, owners, first, last, D, W, KEYS, CLUSTERS, PARTS)
+    tl.store(counts + (index * parts + part) * CLUSTERS + tl.arange(0, CLUSTERS), count)

@@ -22,7 +22,8 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, graph: NeighborGraph, *, sc
     mask = graph.mask
     grouped = q.shape[1] != k.shape[1]
     plain = mask.key_keep is None and mask.query_segments is None and not mask.has_explicit
-    if plain and not mask.causal:
+    last = q.shape[2] == 1 and mask.offset is not None and mask.offset >= k.shape[2] - 1
+    if plain and (last or not mask.causal):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale, enable_gqa=grouped)
     if plain and mask.offset == 0 and q.shape[2] <= k.shape[2]:
         # torch aligns its causal mask to the first key, as position 0 of the queries does here

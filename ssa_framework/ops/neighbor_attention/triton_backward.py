@@ -86,20 +86,34 @@ def query_gradient_kernel(
     else:
         acc = load_heads(partial, batch, head, long_row, HEADS, PADDED, D, W)
 
+    # lists and slices go on where the last step of band and columns has room
+    list_start = lists.pointer
+    begin = 0
+    if lists.pointer is not None:
+        list_start += batch * lists.batch + list_head * lists.head + long_row * lists.row
+    if slices.start is not None:
+        before, after, shift, sliced = slices_of(slices, batch, list_head, row, SLICES)
+        order = slices.order + batch * slices.order_batch + list_head * slices.order_head
     if FIXED:
         first, last = band_of(fixed, row + fixed.offset, num_keys)
         count = tl.maximum(last - first + 1, 0) + fixed.num_columns
+        begin = tl.cdiv(count, SLOTS) * SLOTS - count
         for start in range(0, count, SLOTS):
             slots = start + tl.arange(0, SLOTS)
             keys = fixed_keys(fixed, batch, row, first, last, slots, CAUSAL)
+            if lists.pointer is not None:
+                keys = tl.where(slots < count, keys, listed_keys(list_start, lists, start - count, SLOTS))
+            elif slices.start is not None:
+                slots -= count
+                others = sliced_keys(order, slices, fixed, batch, row, before, after, shift, slots, num_keys, CAUSAL)
+                keys = tl.where(slots < 0, keys, others)
             acc = _query_step(
                 keys, x, dx, row_lse, delta, acc, k, v, k_start, v_start, scale * LOG2_E,
                 K_ROW, V_ROW, D, DV, W, WV, PADDED, PRECISION,
             )  # fmt: skip
     if lists.pointer is not None:
-        list_start = lists.pointer + batch * lists.batch + list_head * lists.head + long_row * lists.row
-        keys = listed_keys(list_start, lists, 0, SLOTS)
-        for start in range(0, lists.slots, SLOTS):
+        keys = listed_keys(list_start, lists, begin, SLOTS)
+        for start in range(begin, lists.slots, SLOTS):
             # read ahead, so that a step does not begin with waiting for its own keys
             next_keys = listed_keys(list_start, lists, start + SLOTS, SLOTS)
             acc = _query_step(
@@ -108,11 +122,11 @@ def query_gradient_kernel(
             )  # fmt: skip
             keys = next_keys
     if slices.start is not None:
-        before, after, shift, count = slices_of(slices, batch, list_head, row, SLICES)
-        order = slices.order + batch * slices.order_batch + list_head * slices.order_head
-        slots = tl.arange(0, SLOTS)
+        if lists.pointer is not None:
+            begin = 0
+        slots = begin + tl.arange(0, SLOTS)
         keys = sliced_keys(order, slices, fixed, batch, row, before, after, shift, slots, num_keys, CAUSAL)
-        for start in range(0, count, SLOTS):
+        for start in range(begin, sliced, SLOTS):
             slots = start + SLOTS + tl.arange(0, SLOTS)
             next_keys = sliced_keys(order, slices, fixed, batch, row, before, after, shift, slots, num_keys, CAUSAL)
             acc = _query_step(
@@ -163,14 +177,20 @@ def key_step(
 @triton.jit
 def key_gradient_kernel(
     grad_out, q, k, v, statistics, grad_k, grad_v, fixed, starts, queries, masks, list_batches, list_heads, blocks,
+    sum_k, sum_v, first_row, end_row,
     column_grad_k, column_grad_v, span_grad_k, span_grad_v, place_grad_k, place_grad_v, places, place_starts,
     order_batches, order_heads, num_places, num_queries, num_keys, scale,
     GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, Q_ROW: tl.constexpr, GRAD_ROW: tl.constexpr, OFFSET: tl.constexpr,
     SHARE: tl.constexpr, SHARE_PADDED: tl.constexpr, BAND: tl.constexpr,
     K_ROW: tl.constexpr, V_ROW: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, W: tl.constexpr, WV: tl.constexpr,
-    BLOCK: tl.constexpr, QUERIES: tl.constexpr, BAND_QUERIES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, QUERIES: tl.constexpr, BAND_QUERIES: tl.constexpr, LAST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``grad_k`` and ``grad_v`` of block ``program_id(0)`` of the keys of head ``program_id(1)``.
+
+    Through lists and band come the gradients of queries from ``first_row`` up to ``end_row``, of which ``queries``
+    counts from the first. Where these are not all, ``sum_k`` and ``sum_v``, float32 ``[B, Hkv, M, W or WV]``, carry
+    the sums to the next call, and the ``LAST`` one adds the rest.
 
     ``GROUP`` query heads attend a key/value head; ``SHARE`` of them have one list. ``column_grad_k`` and
     ``column_grad_v``: float32 ``[B, Hkv, C, W or WV]``, added to the keys that are columns; ``span_grad_k`` and
@@ -194,9 +214,11 @@ def key_gradient_kernel(
     grad_start = grad_out.pointer + batch * grad_out.batch + head * grad_out.head
     of_head = statistics + (batch * tl.num_programs(1) * num_queries + kv_head * num_queries) * (2 * GROUP)
 
+    touched = tl.zeros((), tl.int32)
     if BAND:
-        first = tl.maximum(block * BLOCK - fixed.after - fixed.offset, 0)
-        end = tl.minimum(tl.minimum(block * BLOCK + BLOCK, num_keys) - 1 + fixed.before - fixed.offset + 1, num_queries)
+        first = tl.maximum(block * BLOCK - fixed.after - fixed.offset, first_row)
+        end = tl.minimum(tl.minimum(block * BLOCK + BLOCK, num_keys) - 1 + fixed.before - fixed.offset + 1, end_row)
+        touched += tl.maximum(end - first, 0)
         # [R]
         heads = tl.arange(0, BAND_QUERIES * GROUP_PADDED) % GROUP_PADDED
         for start in range(first, end, BAND_QUERIES):
@@ -216,9 +238,10 @@ def key_gradient_kernel(
             index = ((batch % list_batches) * list_heads + list_head) * (blocks + 1) + block
             first_entry = tl.load(starts + index)
             count = (tl.load(starts + index + 1) - first_entry).to(tl.int32)
+            touched += count
             for start in range(0, count, QUERIES):
                 entry = start + tl.arange(0, QUERIES * SHARE_PADDED) // SHARE_PADDED
-                row = tl.load(queries + first_entry + entry, mask=entry < count, other=0)
+                row = first_row + tl.load(queries + first_entry + entry, mask=entry < count, other=0)
                 bits = tl.load(masks + first_entry + entry, mask=entry < count, other=0)
                 allowed = ((bits[None, :] >> tl.arange(0, BLOCK)[:, None]) & 1) != 0
                 mine = tl.where((share < SHARE) & (entry < count), share + sharing * SHARE, -1)
@@ -230,6 +253,16 @@ def key_gradient_kernel(
     acc_k *= scale
     dims = tl.arange(0, W)[None, :]
     value_dims = tl.arange(0, WV)[None, :]
+    at = ((batch * tl.num_programs(1) + kv_head) * num_keys + keys)[:, None]
+    if sum_k is not None:  # noqa: SIM102, a constant
+        if LAST or touched > 0:
+            acc_k += tl.load(sum_k + at * W + dims, mask=in_range[:, None], other=0.0)
+            acc_v += tl.load(sum_v + at * WV + value_dims, mask=in_range[:, None], other=0.0)
+    if not LAST:
+        if touched > 0:
+            tl.store(sum_k + at * W + dims, acc_k, mask=in_range[:, None])
+            tl.store(sum_v + at * WV + value_dims, acc_v, mask=in_range[:, None])
+        return
     if column_grad_k is not None:
         for index in range(fixed.num_columns):
             here = (keys == tl.load(fixed.columns + index))[:, None]
@@ -237,7 +270,6 @@ def key_gradient_kernel(
             acc_k += tl.load(column_grad_k + place * W + dims, mask=here, other=0.0)
             acc_v += tl.load(column_grad_v + place * WV + value_dims, mask=here, other=0.0)
     if span_grad_k is not None:
-        at = ((batch * tl.num_programs(1) + kv_head) * num_keys + keys)[:, None]
         acc_k += tl.load(span_grad_k + at * W + dims, mask=in_range[:, None], other=0.0)
         acc_v += tl.load(span_grad_v + at * WV + value_dims, mask=in_range[:, None], other=0.0)
     if places is not None:

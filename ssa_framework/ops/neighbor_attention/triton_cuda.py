@@ -19,6 +19,7 @@ from ssa_framework.ops.neighbor_attention.triton_backward import (
 from ssa_framework.ops.neighbor_attention.triton_call import (
     NO_ROWS,
     Call,
+    attend_programs,
     broadcast_stride,
     interval_key_programs,
     interval_programs,
@@ -40,12 +41,17 @@ from ssa_framework.ops.neighbor_attention.triton_intervals import (
 from ssa_framework.ops.neighbor_attention.triton_invert import BLOCK_KEYS, invert_lists, num_blocks
 from ssa_framework.ops.neighbor_attention.triton_slices import (
     BLOCK_PLACES,
+    MOST_PARTS,
+    add_parts_kernel,
     place_gradient_kernel,
     places_of_keys,
+    share_out,
     sort_pairs,
 )
 
 _PROGRAMS = 1024  # enough to fill a large GPU
+_CACHED_BYTES = 2**26
+"""Of queries and their gradients, for the gradients of keys and values; about what the L2 cache holds (measured)."""
 
 _Pair = tuple[Tensor | None, Tensor | None]
 
@@ -86,7 +92,7 @@ def forward(
     attend_kernel[(queries, heads // call.share, batch)](
         rows(q), rows(k), rows(v), rows(out), rows(lse.unsqueeze(-1)), partial, partial_lse,
         call.fixed, call.lists, call.slices, queries, k.shape[2], scale,
-        FP32=fp32, **query_programs(call, parts.causal),
+        FP32=fp32, **attend_programs(call, parts.causal),
     )  # fmt: skip
     return out, lse
 
@@ -182,19 +188,30 @@ def _key_gradients(
     share = next_power(call.share)
     options = key_programs(call, q, grad_out, share)
     column_grads = _column_gradients(call, grad_out, q, k, v, statistics, causal, scale)
-    starts = entry_queries = entry_masks = None
-    list_batches = list_heads = 1
-    if call.neighbors is not None:
-        list_batches, list_heads = call.neighbors.shape[:2]
-        starts, entry_queries, entry_masks = invert_lists(call.neighbors, call.lists, keys)
     place_grads = _place_gradients(call, grad_out, q, k, v, statistics, causal, scale)
-    key_gradient_kernel[(num_blocks(keys), kv_heads, batch)](
-        rows(grad_out), rows(q), rows(k), rows(v), statistics, rows(grad_k), rows(grad_v),
-        call.fixed, starts, entry_queries, entry_masks, list_batches, list_heads, num_blocks(keys),
-        *column_grads, *span_grads, *place_grads, queries, keys, scale,
-        SHARE=call.share, SHARE_PADDED=share, BAND=call.has_band,
-        BAND_QUERIES=max(1, options["QUERIES"] * share // options["GROUP_PADDED"]), **options,
-    )  # fmt: skip
+    # queries are taken so many at a time that what is read of them, again and again, stays in the cache
+    row_bytes = call.group * (q.shape[3] * q.element_size() + grad_out.shape[3] * grad_out.element_size())
+    at_once = queries if call.neighbors is None else max(1, _CACHED_BYTES // row_bytes)
+    sums: _Pair = (None, None)
+    if queries > at_once:
+        shapes = ((batch, kv_heads, keys, call.widths[w]) for w in ("W", "WV"))
+        sum_k, sum_v = (torch.zeros(s, dtype=torch.float32, device=q.device) for s in shapes)
+        sums = sum_k, sum_v
+    for first in range(0, queries, at_once):
+        end = min(first + at_once, queries)
+        entries: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+        list_batches = list_heads = 1
+        if call.neighbors is not None:
+            list_batches, list_heads = call.neighbors.shape[:2]
+            some = call.neighbors[:, :, first:end]
+            entries = invert_lists(some, call.lists._replace(pointer=some), keys)
+        key_gradient_kernel[(num_blocks(keys), kv_heads, batch)](
+            rows(grad_out), rows(q), rows(k), rows(v), statistics, rows(grad_k), rows(grad_v),
+            call.fixed, *entries, list_batches, list_heads, num_blocks(keys), *sums, first, end,
+            *column_grads, *span_grads, *place_grads, queries, keys, scale,
+            SHARE=call.share, SHARE_PADDED=share, BAND=call.has_band,
+            BAND_QUERIES=max(1, options["QUERIES"] * share // options["GROUP_PADDED"]), LAST=end == queries, **options,
+        )  # fmt: skip
 
 
 def _interval_gradients(
@@ -226,7 +243,8 @@ def _interval_gradients(
     interval_key_gradient_kernel[(splits, tiles, batch * kv_heads)](
         rows(grad_out), rows(q), rows(k), rows(v), statistics, *partials, call.fixed, intervals, reach,
         broadcast_stride(reach, 0), blocks, kv_heads, queries, scale,
-        CAUSAL=causal, OPENED=next_power(max(1, intervals.opened_slots)), ROWS=REACH_ROWS, **options,
+        CAUSAL=causal, OPENED=next_power(max(1, intervals.opened_slots)),
+        SHARED=intervals.opened_member == 0, ROWS=REACH_ROWS, **options,
     )  # fmt: skip
     grad_k, grad_v = (x[0] if splits == 1 else x.sum(0) for x in partials)
     return grad_k, grad_v
@@ -251,11 +269,17 @@ def _place_gradients(
     options = key_programs(call, q, grad_out, share) | {"BLOCK": BLOCK_PLACES}
     options["num_warps"] = min(8, 2 * options["num_warps"])  # twice the keys of a block in registers
     del options["GROUP_PADDED"]
-    place_gradient_kernel[(triton.cdiv(length, BLOCK_PLACES), list_heads, batch)](
+    blocks = triton.cdiv(length, BLOCK_PLACES)
+    copies = batch * list_heads // (start.shape[0] * start.shape[1])
+    parts = share_out(windows, copies, (call.widths["W"], call.widths["WV"]))
+    place_gradient_kernel[(blocks * MOST_PARTS, list_heads, batch)](
         rows(grad_out), rows(q), rows(k), rows(v), statistics, *partials, call.fixed, call.slices, pairs, windows,
-        *start.shape[:2], q.shape[2], keys, scale,
+        parts, *start.shape[:2], blocks, q.shape[2], keys, scale,
         CAUSAL=causal, SHARE=call.share, SHARE_PADDED=share, **options,
     )  # fmt: skip
+    add_parts_kernel[(blocks, list_heads, batch)](
+        *partials, parts, *start.shape[:2], length, W=call.widths["W"], WV=call.widths["WV"], BLOCK=BLOCK_PLACES
+    )
     places, first_places = places_of_keys(order, windows, (start.shape[0], start.shape[1]), keys)
     return partials[0], partials[1], places, first_places, order.shape[0], order.shape[1], length
 

@@ -81,20 +81,34 @@ def attend_kernel(
         total = tl.where(first_slot & (m > -float("inf")), 1.0, 0.0)
         acc = load_heads(partial, batch, head, row.to(tl.int64), HEADS, PADDED, DV, WV)
 
+    # lists and slices go on where the last step of band and columns has room
+    list_start = lists.pointer
+    begin = 0
+    if lists.pointer is not None:
+        list_start += batch * lists.batch + list_head * lists.head + row.to(tl.int64) * lists.row
+    if slices.start is not None:
+        before, after, shift, sliced = slices_of(slices, batch, list_head, row, SLICES)
+        order = slices.order + batch * slices.order_batch + list_head * slices.order_head
     if FIXED:
         first, last = band_of(fixed, row + fixed.offset, num_keys)
         count = tl.maximum(last - first + 1, 0) + fixed.num_columns
+        begin = tl.cdiv(count, SLOTS) * SLOTS - count
         for start in range(0, count, SLOTS):
             slots = start + tl.arange(0, SLOTS)
             keys = fixed_keys(fixed, batch, row, first, last, slots, CAUSAL)
+            if lists.pointer is not None:
+                keys = tl.where(slots < count, keys, listed_keys(list_start, lists, start - count, SLOTS))
+            elif slices.start is not None:
+                slots -= count
+                others = sliced_keys(order, slices, fixed, batch, row, before, after, shift, slots, num_keys, CAUSAL)
+                keys = tl.where(slots < 0, keys, others)
             m, total, acc = _attend(
                 keys, x, m, total, acc, k, v, k_start, v_start, scale,
                 K_ROW, V_ROW, D, DV, W, WV, PADDED, FP32, PRECISION,
             )  # fmt: skip
     if lists.pointer is not None:
-        list_start = lists.pointer + batch * lists.batch + list_head * lists.head + row.to(tl.int64) * lists.row
-        keys = listed_keys(list_start, lists, 0, SLOTS)
-        for start in range(0, lists.slots, SLOTS):
+        keys = listed_keys(list_start, lists, begin, SLOTS)
+        for start in range(begin, lists.slots, SLOTS):
             # read ahead, so that a step does not begin with waiting for its own keys
             next_keys = listed_keys(list_start, lists, start + SLOTS, SLOTS)
             m, total, acc = _attend(
@@ -103,11 +117,11 @@ def attend_kernel(
             )  # fmt: skip
             keys = next_keys
     if slices.start is not None:
-        before, after, shift, count = slices_of(slices, batch, list_head, row, SLICES)
-        order = slices.order + batch * slices.order_batch + list_head * slices.order_head
-        slots = tl.arange(0, SLOTS)
+        if lists.pointer is not None:
+            begin = 0
+        slots = begin + tl.arange(0, SLOTS)
         keys = sliced_keys(order, slices, fixed, batch, row, before, after, shift, slots, num_keys, CAUSAL)
-        for start in range(0, count, SLOTS):
+        for start in range(begin, sliced, SLOTS):
             slots = start + SLOTS + tl.arange(0, SLOTS)
             next_keys = sliced_keys(order, slices, fixed, batch, row, before, after, shift, slots, num_keys, CAUSAL)
             m, total, acc = _attend(

@@ -85,11 +85,28 @@ def _either(a, b):
 
 @triton.jit
 def _opened_bits(numbers, start):
-    """``numbers [R, P]`` → int64 ``[R]``, whose bit i says that ``start + i`` is one of them, for i < 64."""
+    """``numbers [R, P]`` → two int32 ``[R]``, whose bits i say that ``start + i`` and ``start + 32 + i`` are among
+    them."""
     at = numbers - start
-    near = (numbers >= 0) & (at >= 0) & (at < 64)
-    bit = tl.full(numbers.shape, 1, tl.int64) << tl.where(near, at, 0)
-    return tl.reduce(tl.where(near, bit, 0), 1, _either)
+    bit = tl.where((at >= 0) & (at < 64) & (numbers >= 0), 1 << (at & 31), 0)
+    early = tl.where(at < 32, bit, 0)
+    return tl.reduce(early, 1, _either), tl.reduce(bit ^ early, 1, _either)
+
+
+@triton.jit
+def _bits_between(first, stop):
+    """int32 whose bits ``first <= i < stop`` are set, for i < 32; the limits may lie outside."""
+    first, stop = tl.minimum(tl.maximum(first, 0), 32), tl.minimum(tl.maximum(stop, 0), 32)
+    # a shift by 32 is not defined
+    below_stop = tl.where(stop == 32, -1, (1 << (stop & 31)) - 1)
+    below_first = tl.where(first == 32, -1, (1 << (first & 31)) - 1)
+    return below_stop & ~below_first
+
+
+@triton.jit
+def _has_bit(early, late, index):
+    """bool: bit ``index`` of the 64 in two int32; broadcasts."""
+    return ((tl.where(index < 32, early, late) >> (index & 31)) & 1) != 0
 
 
 @triton.jit
@@ -116,49 +133,86 @@ def _weights_of(intervals, batch, kv_head, number, inside):
 
 
 @triton.jit
-def _scores(
-    x, key_tile, number, inside, row, real, first, stop, intervals, of_opened, fixed, batch, kv_head, start, scale,
-    PRECISION: tl.constexpr,
+def _free_bits(
+    first, stop, intervals, of_opened, start, QUERIES: tl.constexpr, GROUP_PADDED: tl.constexpr, SHARED: tl.constexpr
 ):  # fmt: skip
-    """Scores of rows ``x [R, W]`` and ``key_tile [S, W]``, in powers of 2; -inf where there is no edge."""
-    s = dot(x, tl.trans(key_tile), tl.zeros((x.shape[0], key_tile.shape[0]), tl.float32), PRECISION) * scale
-    allowed = (number[None, :] >= first[:, None]) & (number[None, :] < stop[:, None])
+    """Which of the 64 numbers from ``start`` on rows ``[R]`` attend, as two int32 ``[R]``: what lies in their interval
+    and is not opened. Bits of a row are cheaper than comparisons of each of its scores."""
+    early = _bits_between(first - start, stop - start)
+    late = _bits_between(first - start - 32, stop - start - 32)
+    if intervals.opened is not None:
+        opened_early, opened_late = _opened_bits(of_opened, start)
+        if SHARED:  # the heads of a query opened the same
+            shape: tl.constexpr = (QUERIES, GROUP_PADDED)
+            opened_early = tl.reshape(tl.broadcast_to(opened_early[:, None], shape), (QUERIES * GROUP_PADDED,))
+            opened_late = tl.reshape(tl.broadcast_to(opened_late[:, None], shape), (QUERIES * GROUP_PADDED,))
+        early, late = early & ~opened_early, late & ~opened_late
+    return early, late
+
+
+@triton.jit
+def _scores(
+    x, key_tile, weights, early, late, number, inside, row, real, fixed, intervals, batch, scale,
+    KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores of rows ``x [R, W]`` and ``key_tile [KEYS, W]``, in powers of 2; -inf where there is no edge."""
+    s = dot(x, tl.trans(key_tile), tl.zeros((x.shape[0], KEYS), tl.float32), PRECISION) * scale
+    allowed = _has_bit(early[:, None], late[:, None], tl.arange(0, KEYS)[None, :])
     if intervals.weights is None:
         allowed = allowed & _unmasked(fixed, batch, number[None, :], row[:, None], inside[None, :], real[:, None])
     else:
-        s += _weights_of(intervals, batch, kv_head, number, inside)[None, :]
-        if intervals.opened is not None:
-            bits = _opened_bits(of_opened, start)
-            allowed = allowed & (((bits[:, None] >> (number - start)[None, :]) & 1) == 0)
+        s += weights[None, :]
     return tl.where(allowed, s, -float("inf"))
 
 
 @triton.jit
+def _all_opened(
+    intervals, batch, kv_head, row, head, real, end, QUERIES: tl.constexpr, OPENED: tl.constexpr, SHARED: tl.constexpr
+):  # fmt: skip
+    """What the queries of a tile opened, ``[R, OPENED]``; ``[QUERIES, OPENED]`` where the heads of a query share it."""
+    if SHARED:
+        row = tl.min(row, 0) + tl.arange(0, QUERIES)
+        head = tl.zeros((QUERIES,), tl.int32)
+        real = row < end
+    return _opened_of(intervals, batch, kv_head, row, head, real, OPENED)
+
+
+@triton.jit
 def _attend_all(
-    x, row, head, real, m, total, acc, k, v, intervals, fixed, batch, kv_head, scale,
+    x, row, head, real, num_queries, m, total, acc, k, v, intervals, fixed, batch, kv_head, scale,
     CAUSAL: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, W: tl.constexpr,
-    WV: tl.constexpr, KEYS: tl.constexpr, OPENED: tl.constexpr, FP32: tl.constexpr, PRECISION: tl.constexpr,
+    WV: tl.constexpr, QUERIES: tl.constexpr, GROUP_PADDED: tl.constexpr, KEYS: tl.constexpr, OPENED: tl.constexpr,
+    SHARED: tl.constexpr, FP32: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over all intervals of one table."""
     k_start = k.pointer + batch * k.batch + kv_head * k.head
     v_start = v.pointer + batch * v.batch + kv_head * v.head
     of_opened = row
     if intervals.opened is not None:
-        of_opened = _opened_of(intervals, batch, kv_head, row, head, real, OPENED)
+        of_opened = _all_opened(intervals, batch, kv_head, row, head, real, num_queries, QUERIES, OPENED, SHARED)
     for level in range(intervals.levels):
         first, stop = _interval_of(intervals, level, batch, row, real, fixed.offset, CAUSAL)
         low, high = _reach_of(first, stop)
+        weights = tl.zeros((KEYS,), tl.float32)
+        if intervals.weights is not None:
+            number = low + tl.arange(0, KEYS)
+            weights = _weights_of(intervals, batch, kv_head, number, (number >= low) & (number < high))
         for start in range(low, high, KEYS):
             number = start + tl.arange(0, KEYS)
             inside = number < high
             some = tl.where(inside, number, -1)
             key_tile = gather(k_start, some, k, K_ROW, D, W)
             value_tile = gather(v_start, some, v, V_ROW, DV, WV)
+            # [R]
+            early, late = _free_bits(first, stop, intervals, of_opened, start, QUERIES, GROUP_PADDED, SHARED)
             # [R, S]
             s = _scores(
-                x, key_tile, number, inside, row, real, first, stop, intervals, of_opened, fixed, batch, kv_head,
-                start, scale, PRECISION,
+                x, key_tile, weights, early, late, number, inside, row, real, fixed, intervals, batch, scale,
+                KEYS, PRECISION,
             )  # fmt: skip
+            if intervals.weights is not None:  # read ahead, so that a step does not begin with waiting for them
+                number += KEYS
+                weights = _weights_of(intervals, batch, kv_head, number, number < high)
             # [R]
             new_m = tl.maximum(m, tl.max(s, 1))
             # no key so far: subtract 0, so that the weights are exp(-inf) = 0, not NaN
@@ -179,7 +233,8 @@ def attend_intervals_kernel(
     GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, CAUSAL: tl.constexpr, OFFSET: tl.constexpr, Q_ROW: tl.constexpr,
     K_ROW: tl.constexpr, V_ROW: tl.constexpr, SUMMARY_K_ROW: tl.constexpr, SUMMARY_V_ROW: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, W: tl.constexpr, WV: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, OPENED: tl.constexpr, FP32: tl.constexpr, PRECISION: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, OPENED: tl.constexpr, SHARED: tl.constexpr, FP32: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``out [B, H, N, DV]`` and ``lse [B, H, N]`` over spans and summaries, of ``QUERIES`` queries from
     ``program_id(0)`` on, KV head ``program_id(1)``."""
@@ -197,13 +252,15 @@ def attend_intervals_kernel(
     acc = tl.zeros((QUERIES * GROUP_PADDED, WV), tl.float32)
     if spans.first is not None:
         m, total, acc = _attend_all(
-            x, row, head, real, m, total, acc, k, v, spans, fixed, batch, kv_head,
-            scale * LOG2_E, CAUSAL, K_ROW, V_ROW, D, DV, W, WV, KEYS, OPENED, FP32, PRECISION,
+            x, row, head, real, num_queries, m, total, acc, k, v, spans, fixed, batch, kv_head,
+            scale * LOG2_E, CAUSAL, K_ROW, V_ROW, D, DV, W, WV, QUERIES, GROUP_PADDED,
+            KEYS, OPENED, SHARED, FP32, PRECISION,
         )  # fmt: skip
     if seen.first is not None:
         m, total, acc = _attend_all(
-            x, row, head, real, m, total, acc, summary_k, summary_v, seen, fixed, batch, kv_head,
-            scale * LOG2_E, False, SUMMARY_K_ROW, SUMMARY_V_ROW, D, DV, W, WV, KEYS, OPENED, FP32, PRECISION,
+            x, row, head, real, num_queries, m, total, acc, summary_k, summary_v, seen, fixed, batch, kv_head,
+            scale * LOG2_E, False, SUMMARY_K_ROW, SUMMARY_V_ROW, D, DV, W, WV, QUERIES, GROUP_PADDED,
+            KEYS, OPENED, SHARED, FP32, PRECISION,
         )  # fmt: skip
     total = tl.where(m == -float("inf"), 1.0, total)
     acc = acc / total[:, None]
@@ -218,30 +275,40 @@ def attend_intervals_kernel(
 
 @triton.jit
 def _query_gradient_all(
-    x, dx, row, head, real, row_lse, delta, acc, k, v, intervals, fixed, batch, kv_head, scale,
+    x, dx, row, head, real, num_queries, row_lse, delta, acc, k, v, intervals, fixed, batch, kv_head, scale,
     CAUSAL: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, W: tl.constexpr,
-    WV: tl.constexpr, KEYS: tl.constexpr, OPENED: tl.constexpr, PRECISION: tl.constexpr,
+    WV: tl.constexpr, QUERIES: tl.constexpr, GROUP_PADDED: tl.constexpr, KEYS: tl.constexpr, OPENED: tl.constexpr,
+    SHARED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds the gradient of rows ``x [R, W]`` through all intervals of one table to ``acc``, without the scale."""
     k_start = k.pointer + batch * k.batch + kv_head * k.head
     v_start = v.pointer + batch * v.batch + kv_head * v.head
     of_opened = row
     if intervals.opened is not None:
-        of_opened = _opened_of(intervals, batch, kv_head, row, head, real, OPENED)
+        of_opened = _all_opened(intervals, batch, kv_head, row, head, real, num_queries, QUERIES, OPENED, SHARED)
     for level in range(intervals.levels):
         first, stop = _interval_of(intervals, level, batch, row, real, fixed.offset, CAUSAL)
         low, high = _reach_of(first, stop)
+        weights = tl.zeros((KEYS,), tl.float32)
+        if intervals.weights is not None:
+            number = low + tl.arange(0, KEYS)
+            weights = _weights_of(intervals, batch, kv_head, number, (number >= low) & (number < high))
         for start in range(low, high, KEYS):
             number = start + tl.arange(0, KEYS)
             inside = number < high
             some = tl.where(inside, number, -1)
             key_tile = gather(k_start, some, k, K_ROW, D, W)
             value_tile = gather(v_start, some, v, V_ROW, DV, WV)
+            # [R]
+            early, late = _free_bits(first, stop, intervals, of_opened, start, QUERIES, GROUP_PADDED, SHARED)
             # [R, S]
             s = _scores(
-                x, key_tile, number, inside, row, real, first, stop, intervals, of_opened, fixed, batch, kv_head,
-                start, scale, PRECISION,
+                x, key_tile, weights, early, late, number, inside, row, real, fixed, intervals, batch, scale,
+                KEYS, PRECISION,
             )  # fmt: skip
+            if intervals.weights is not None:  # read ahead, so that a step does not begin with waiting for them
+                number += KEYS
+                weights = _weights_of(intervals, batch, kv_head, number, number < high)
             p = tl.exp2(s - row_lse[:, None])
             dp = dot(dx, tl.trans(value_tile), tl.zeros(s.shape, tl.float32), PRECISION)
             ds = p * (dp - delta[:, None])
@@ -256,7 +323,7 @@ def interval_query_gradient_kernel(
     GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, CAUSAL: tl.constexpr, OFFSET: tl.constexpr, Q_ROW: tl.constexpr,
     K_ROW: tl.constexpr, V_ROW: tl.constexpr, SUMMARY_K_ROW: tl.constexpr, SUMMARY_V_ROW: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, W: tl.constexpr, WV: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, OPENED: tl.constexpr, PRECISION: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, OPENED: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``grad_q``, times ``grad_scale``, and ``statistics`` as `query_gradient_kernel` has them; programs as in
     `attend_intervals_kernel`."""
@@ -290,13 +357,15 @@ def interval_query_gradient_kernel(
     acc = tl.zeros((QUERIES * GROUP_PADDED, W), tl.float32)
     if spans.first is not None:
         acc = _query_gradient_all(
-            x, dx, row, head, real, row_lse, delta, acc, k, v, spans, fixed, batch, kv_head,
-            scale * LOG2_E, CAUSAL, K_ROW, V_ROW, D, DV, W, WV, KEYS, OPENED, PRECISION,
+            x, dx, row, head, real, num_queries, row_lse, delta, acc, k, v, spans, fixed, batch, kv_head,
+            scale * LOG2_E, CAUSAL, K_ROW, V_ROW, D, DV, W, WV, QUERIES,
+            GROUP_PADDED, KEYS, OPENED, SHARED, PRECISION,
         )  # fmt: skip
     if seen.first is not None:
         acc = _query_gradient_all(
-            x, dx, row, head, real, row_lse, delta, acc, summary_k, summary_v, seen, fixed, batch,
-            kv_head, scale * LOG2_E, False, SUMMARY_K_ROW, SUMMARY_V_ROW, D, DV, W, WV, KEYS, OPENED, PRECISION,
+            x, dx, row, head, real, num_queries, row_lse, delta, acc, summary_k, summary_v, seen, fixed, batch,
+            kv_head, scale * LOG2_E, False, SUMMARY_K_ROW, SUMMARY_V_ROW, D, DV, W, WV, QUERIES,
+            GROUP_PADDED, KEYS, OPENED, SHARED, PRECISION,
         )  # fmt: skip
     dims = tl.arange(0, W)[None, :]
     at = (batch * grad_q.batch + head_at * grad_q.head + row_at * grad_q.row)[:, None] + dims
@@ -340,7 +409,8 @@ def interval_key_gradient_kernel(
     GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, CAUSAL: tl.constexpr, Q_ROW: tl.constexpr,
     GRAD_ROW: tl.constexpr, OFFSET: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, W: tl.constexpr, WV: tl.constexpr,
-    BLOCK: tl.constexpr, QUERIES: tl.constexpr, OPENED: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, QUERIES: tl.constexpr, OPENED: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of ``BLOCK`` rows of a table (of keys or of summaries) from ``program_id(1)`` on, through part
     ``program_id(0)`` of the queries that reach them: ``partial_k, partial_v``, float32 ``[splits, B·Hkv, C, W or WV]``.
@@ -381,14 +451,15 @@ def interval_key_gradient_kernel(
             row = start + tl.arange(0, QUERIES * GROUP_PADDED) // GROUP_PADDED
             real = (head < GROUP) & (row < end)
             first, stop = _interval_of(intervals, level, batch, row, real, fixed.offset, CAUSAL)
+            of_opened = row
+            if intervals.opened is not None:
+                of_opened = _all_opened(intervals, batch, kv_head, row, head, real, end, QUERIES, OPENED, SHARED)
+            early, late = _free_bits(first, stop, intervals, of_opened, low, QUERIES, GROUP_PADDED, SHARED)
             # [S, R]
-            allowed = (number[:, None] >= first[None, :]) & (number[:, None] < stop[None, :])
+            allowed = _has_bit(early[None, :], late[None, :], (number - low)[:, None]) & inside[:, None]
             if intervals.weights is None:
                 free = _unmasked(fixed, batch, number[:, None], row[None, :], inside[:, None], real[None, :])
                 allowed = allowed & free
-            if intervals.opened is not None:
-                bits = _opened_bits(_opened_of(intervals, batch, kv_head, row, head, real, OPENED), low)
-                allowed = allowed & (((bits[None, :] >> (number - low)[:, None]) & 1) == 0)
             acc_k, acc_v = key_step(
                 row, tl.where(real, head, -1), allowed, weight, key_tile, value_tile, acc_k, acc_v,
                 q, q_start, grad_out, grad_start, of_head, scale * LOG2_E,

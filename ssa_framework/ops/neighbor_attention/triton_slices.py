@@ -6,7 +6,8 @@ their slice begins in, so that a block finds the pairs that reach it side by sid
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,6 +25,10 @@ from ssa_framework.ops.neighbor_attention.triton_tiles import (
 
 BLOCK_PLACES = 32
 """Places of a block, about as many as a cluster has."""
+MOST_PARTS = 16
+"""Programs of one block, at most."""
+_PAIRS_OF_A_PART = 2048
+_BLOCKS_PER_EXTRA_PART = 4
 
 
 class Pairs(NamedTuple):
@@ -91,18 +96,83 @@ def places_of_keys(order: Tensor, windows: Tensor, lists: tuple[int, int], num_k
     return places, torch.searchsorted(keys, torch.arange(total + 1, device=order.device))
 
 
+class Parts(NamedTuple):
+    """How the pairs of a block of places are shared by several programs: some clusters are opened by a large share of
+    all queries, and one program alone would be the last to finish by far.
+
+    ``counts``: int32 ``[lists, blocks]``, parts of each block. ``firsts``: int64 ``[lists, blocks]``, where the second
+    part of a block stands in ``extra_k`` and ``extra_v``, float32 ``[copies, most, BLOCK_PLACES, W or WV]``, which take
+    all parts but the first; a copy for each batch element and head that shares the slices.
+    """
+
+    counts: Any
+    firsts: Any
+    extra_k: Any
+    extra_v: Any
+    most: Any
+
+
+def share_out(windows: Tensor, copies: int, widths: tuple[int, int]) -> Parts:
+    """Parts of about 2,048 pairs, as far as there is room; ``windows`` of `sort_pairs`."""
+    lists, blocks, _ = windows.shape
+    extra = ((windows[..., 1] - windows[..., 0]) // _PAIRS_OF_A_PART).clamp_(0, MOST_PARTS - 1)
+    ends = extra.flatten().cumsum(0).view(lists, blocks)
+    most = math.ceil(lists * blocks / _BLOCKS_PER_EXTRA_PART)
+    counts = torch.where(ends <= most, extra + 1, 1).int()
+    extra_k, extra_v = (
+        torch.empty((copies, most, BLOCK_PLACES, w), dtype=torch.float32, device=windows.device) for w in widths
+    )
+    return Parts(counts, ends - extra, extra_k, extra_v, most)
+
+
+@triton.jit
+def _copy_of(list_batches, list_heads, batch, list_head, LIST_HEADS):
+    """Which of those that share slices this is."""
+    return (batch // list_batches) * (LIST_HEADS // list_heads) + list_head // list_heads
+
+
+@triton.jit
+def add_parts_kernel(
+    partial_k, partial_v, parts, list_batches, list_heads, length,
+    W: tl.constexpr, WV: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Adds the other parts of a block of places to the first, in their order."""
+    block = tl.program_id(0)
+    list_head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    index = (batch % list_batches) * list_heads + list_head % list_heads
+    count = tl.load(parts.counts + index * tl.num_programs(0) + block)
+    if count > 1:
+        copy = _copy_of(list_batches, list_heads, batch, list_head, tl.num_programs(1))
+        first = copy * parts.most + tl.load(parts.firsts + index * tl.num_programs(0) + block)
+        place = block * BLOCK + tl.arange(0, BLOCK)
+        real = (place < length)[:, None]
+        to = ((batch * tl.num_programs(1) + list_head) * length + place)[:, None]
+        dims, value_dims = tl.arange(0, W)[None, :], tl.arange(0, WV)[None, :]
+        acc_k = tl.load(partial_k + to * W + dims, mask=real, other=0.0)
+        acc_v = tl.load(partial_v + to * WV + value_dims, mask=real, other=0.0)
+        for part in range(count - 1):
+            at = ((first + part) * BLOCK + tl.arange(0, BLOCK))[:, None]
+            acc_k += tl.load(parts.extra_k + at * W + dims)
+            acc_v += tl.load(parts.extra_v + at * WV + value_dims)
+        tl.store(partial_k + to * W + dims, acc_k, mask=real)
+        tl.store(partial_v + to * WV + value_dims, acc_v, mask=real)
+
+
 @triton.jit
 def place_gradient_kernel(
-    grad_out, q, k, v, statistics, partial_k, partial_v, fixed, slices, pairs, windows, list_batches, list_heads,
-    num_queries, num_keys, scale,
+    grad_out, q, k, v, statistics, partial_k, partial_v, fixed, slices, pairs, windows, parts, list_batches,
+    list_heads, blocks, num_queries, num_keys, scale,
     CAUSAL: tl.constexpr, SHARE: tl.constexpr, SHARE_PADDED: tl.constexpr,
     GROUP: tl.constexpr, Q_ROW: tl.constexpr, GRAD_ROW: tl.constexpr, OFFSET: tl.constexpr,
     K_ROW: tl.constexpr, V_ROW: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, W: tl.constexpr, WV: tl.constexpr,
     BLOCK: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``partial_k, partial_v``: float32 ``[B, list heads, L, W or WV]``, for block ``program_id(0)`` of the places of
-    list head ``program_id(1)``, which is ``SHARE`` query heads with the same slices."""
-    block = tl.program_id(0)
+    """``partial_k, partial_v``: float32 ``[B, list heads, L, W or WV]``, for a block of the places of list head
+    ``program_id(1)``, which is ``SHARE`` query heads with the same slices; from part ``program_id(0) // blocks`` of
+    the block's pairs, see `Parts`."""
+    block = tl.program_id(0) % blocks
+    part = tl.program_id(0) // blocks
     list_head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     kv_head = list_head // (GROUP // SHARE)
@@ -122,9 +192,13 @@ def place_gradient_kernel(
     kv_heads = tl.num_programs(1) // (GROUP // SHARE)
     of_head = statistics + (batch * kv_heads + kv_head) * num_queries * (2 * GROUP)
     index = (batch % list_batches) * list_heads + list_head % list_heads
-    window = windows + (index * tl.num_programs(0) + block) * 2
-    first_pair = tl.load(window)
-    count = (tl.load(window + 1) - first_pair).to(tl.int32)
+    at_block = index * blocks + block
+    first_pair = tl.load(windows + at_block * 2)
+    count = (tl.load(windows + at_block * 2 + 1) - first_pair).to(tl.int32)
+    num_parts = tl.load(parts.counts + at_block)
+    of_part = tl.cdiv(count, num_parts * QUERIES) * QUERIES
+    first_pair += part * of_part
+    count = tl.where(part < num_parts, tl.minimum(count - part * of_part, of_part), 0)
     share = tl.arange(0, QUERIES * SHARE_PADDED) % SHARE_PADDED
     for start in range(0, count, QUERIES):
         # [R]
@@ -150,6 +224,15 @@ def place_gradient_kernel(
             q, q_start, grad_out, grad_start, of_head, scale * LOG2_E,
             GROUP, Q_ROW, GRAD_ROW, OFFSET, D, DV, W, WV, PRECISION,
         )  # fmt: skip
-    to = ((batch * tl.num_programs(1) + list_head) * slices.length + place)[:, None]
-    tl.store(partial_k + to * W + tl.arange(0, W)[None, :], acc_k * scale, mask=real[:, None])
-    tl.store(partial_v + to * WV + tl.arange(0, WV)[None, :], acc_v, mask=real[:, None])
+    acc_k *= scale
+    dims, value_dims = tl.arange(0, W)[None, :], tl.arange(0, WV)[None, :]
+    if part == 0:
+        to = ((batch * tl.num_programs(1) + list_head) * slices.length + place)[:, None]
+        tl.store(partial_k + to * W + dims, acc_k, mask=real[:, None])
+        tl.store(partial_v + to * WV + value_dims, acc_v, mask=real[:, None])
+    elif part < num_parts:
+        copy = _copy_of(list_batches, list_heads, batch, list_head, tl.num_programs(1))
+        first = copy * parts.most + tl.load(parts.firsts + at_block) + part - 1
+        to = (first * BLOCK + tl.arange(0, BLOCK))[:, None]
+        tl.store(parts.extra_k + to * W + dims, acc_k)
+        tl.store(parts.extra_v + to * WV + value_dims, acc_v)

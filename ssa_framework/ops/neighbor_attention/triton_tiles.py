@@ -157,9 +157,9 @@ def fixed_keys(fixed, batch, row, first, last, slots, CAUSAL: tl.constexpr):
 
 @triton.jit
 def listed_keys(start, lists, first, SLOTS: tl.constexpr):
-    """Keys in the ``SLOTS`` slots from ``first`` on, -1 past the end."""
+    """Keys in the ``SLOTS`` slots from ``first`` on, -1 before the first slot and past the last one."""
     slots = first + tl.arange(0, SLOTS)
-    return tl.load(start + slots * lists.slot, mask=slots < lists.slots, other=-1)
+    return tl.load(start + slots * lists.slot, mask=(slots >= 0) & (slots < lists.slots), other=-1)
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from ssa_framework.ops.rank_clusters.types import OpenedClusters
 _FEW = 8
 """Queries that are ranked against strips; more are worth a tile."""
 _SMALLEST_ROOM = 2
+_VIEWS = ("_strips", "_start", "_size", "_scratch_type")
 
 
 class KeptClusters:
@@ -50,6 +51,14 @@ class KeptClusters:
         self.on_cpu, self.has_variances = device.type == "cpu", variances
         self.members = torch.full((batch, heads, len(self.levels), 0), -1, dtype=torch.int32, device=device)
         self._allocate(batch, device, [_SMALLEST_ROOM] * len(self.levels))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # arrays are views of tensors, which a copy would tear apart
+        return {name: kept for name, kept in vars(self).items() if name not in _VIEWS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._make_arrays()
 
     @property
     def count(self) -> int:

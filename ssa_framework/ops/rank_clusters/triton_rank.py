@@ -1,4 +1,9 @@
-"""The ranking kernel: scores of a tile of clusters, of which the best stay in registers; no row of scores in memory."""
+"""The ranking kernel: scores of a tile of clusters, of which those that can still be opened go to a small buffer.
+
+Scores are compared as int32 that rise as float32 do. A row needs no cluster below its *bound*, if clusters at or above
+the bound already have as many keys as the budget, or are as many as may be opened. Bounds come from buckets: every
+column of the tiles keeps the largest score that it has seen, and the size of that cluster.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +12,22 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ssa_framework.ops.triton_runtime import dot
+from ssa_framework.ops.triton_runtime import INTERPRETED, dot
 
-_LOWEST = tl.constexpr(-(2**63))
+_LOWEST = tl.constexpr(-(2**31))
+_LOWEST_ENTRY = tl.constexpr(-(2**63))
 _LAST = tl.constexpr(2**31 - 1)
+_SIZE_BITS = tl.constexpr(255)  # of a bucket, the low ones: the size of its cluster, at most 255
+_ONE = tl.constexpr(1 << 20)  # added to a size, counts the buckets in a sum of sizes
+_STEPS = tl.constexpr(9)
 
 
 class Table(NamedTuple):
-    """Clusters of each KV head, contiguous: ``centroids`` and ``variances`` float32 ``[B, Hkv, S, D]`` (``None``: they
-    do not count), ``start`` and ``size`` int32 ``[B, Hkv, S]``; and S."""
+    """Clusters of each KV head, contiguous: bfloat16 ``[B * Hkv * S + CLUSTERS, W]``, the parts ``high`` and ``low`` of
+    centroids, and variances (``None``: they do not count); ``start`` and ``size`` int32 ``[B, Hkv, S]``; and S."""
 
-    centroids: Any
+    high: Any
+    low: Any
     variances: Any
     start: Any
     size: Any
@@ -35,6 +45,51 @@ class Limits(NamedTuple):
     ranges: Any
 
 
+class Opened(NamedTuple):
+    """The fields of `OpenedClusters`; ``most`` clusters of a query, ``budget`` keys."""
+
+    numbers: Any
+    start: Any
+    end: Any
+    most: Any
+    budget: Any
+
+
+class Scratch(NamedTuple):
+    """Of each program: ``entries`` int64 ``[ROWS, CAPACITY]``, clusters that may be opened; ``counts`` int32
+    ``[ROWS]``, how many there are; and ``bounds`` int32 ``[ROWS]``."""
+
+    entries: Any
+    counts: Any
+    bounds: Any
+
+
+@triton.jit
+def _parts(x):
+    """bfloat16 tensors whose sum is float32 ``x``, up to a 2**-17th of it."""
+    high = x.to(tl.bfloat16)
+    whole = high.to(tl.float32)
+    return high, tl.where(tl.abs(whole) < float("inf"), x - whole, 0.0).to(tl.bfloat16)
+
+
+@triton.jit
+def split_kernel(
+    centroids, variances, high, low, rounded, rows, all_rows, D: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr
+):
+    """float32 ``[rows, D]`` → bfloat16 ``[all_rows, W]``, zeros behind: both parts of centroids, ``rounded``
+    variances."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    dims = tl.arange(0, W)[None, :]
+    some = (row < rows) & (dims < D)
+    out = row * W + dims
+    first, rest = _parts(tl.load(centroids + row * D + dims, mask=some, other=0.0))
+    tl.store(high + out, first, mask=row < all_rows)
+    tl.store(low + out, rest, mask=row < all_rows)
+    if variances is not None:
+        some_variances = tl.load(variances + row * D + dims, mask=some, other=0.0)
+        tl.store(rounded + out, some_variances.to(tl.bfloat16), mask=row < all_rows)
+
+
 @triton.jit
 def _limits_of(limits, index, batch, row, real, slots):
     at = batch * limits.batch + row * limits.row + index * limits.range
@@ -44,92 +99,234 @@ def _limits_of(limits, index, batch, row, real, slots):
 
 
 @triton.jit
-def _ranked(scores, number):
-    """int64 that compare as float32 ``scores`` do, and of equal ones the lower ``number`` as the larger."""
-    scores = tl.where(scores == 0.0, 0.0, scores)  # -0 equals 0
-    bits = scores.to(tl.int32, bitcast=True)
-    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return (bits.to(tl.int64) << 32) | (number ^ 0x7FFFFFFF).to(tl.int64)
+def _ordered(scores):
+    """int32 that compare as float32 ``scores`` do, -0 as 0."""
+    bits = (scores + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _score_of(ordered):
+    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _raised(bound, buckets, budget, most):
+    """A higher ``bound [ROWS]`` for what ``buckets [ROWS, CLUSTERS]`` hold, by bisection; any that is enough is
+    right."""
+    filled = buckets > _LOWEST + _SIZE_BITS
+    every = tl.sum(tl.where(filled, (buckets & _SIZE_BITS) + _ONE, 0), 1)
+    enough = ((every & (_ONE - 1)) >= budget) | ((every >> 20) >= most)
+    lowest = tl.min(tl.where(filled, buckets, _LAST), 1)
+    low = _score_of(tl.where(enough, tl.maximum(lowest & ~_SIZE_BITS, bound), 0))
+    high = tl.minimum(_score_of(tl.where(enough, tl.max(buckets, 1), 0)), 3e38)
+    for _ in range(_STEPS):
+        middle = 0.5 * low + 0.5 * high
+        at_least = _ordered(middle) & ~_SIZE_BITS
+        here = tl.sum(tl.where(buckets >= at_least[:, None], (buckets & _SIZE_BITS) + _ONE, 0), 1)
+        reached = ((here & (_ONE - 1)) >= budget) | ((here >> 20) >= most)
+        low = tl.where(reached, middle, low)
+        high = tl.where(reached, high, middle)
+    return tl.where(enough, tl.maximum(bound, _ordered(low) & ~_SIZE_BITS), bound)
 
 
 @triton.jit
 def _scores(
-    x, x_dim, real, table, of_head, number, inside, spread,
-    D: tl.constexpr, DIMS: tl.constexpr, PRECISION: tl.constexpr,
+    x, rest, squares, table, first,
+    W: tl.constexpr, CLUSTERS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """``[ROWS, CLUSTERS]`` of queries at ``x [ROWS, 1]`` and clusters ``number``, ``DIMS`` coordinates at a time."""
-    scores = tl.zeros((x.shape[0], number.shape[0]), tl.float32)
-    for first in range(0, D, DIMS):
-        dims = first + tl.arange(0, DIMS)[None, :]
-        # [ROWS, DIMS], [CLUSTERS, DIMS]
-        some = tl.load(x + dims * x_dim, mask=real[:, None] & (dims < D), other=0.0).to(tl.float32)
-        at = of_head * D + number[:, None].to(tl.int64) * D + dims
-        there = inside[:, None] & (dims < D)
-        scores = dot(some, tl.trans(tl.load(table.centroids + at, mask=there, other=0.0)), scores, PRECISION)
-        if table.variances is not None:
-            variances = tl.load(table.variances + at, mask=there, other=0.0)
-            scores = dot(spread * some * some, tl.trans(variances), scores, PRECISION)
-    return scores
+    """``[ROWS, CLUSTERS]`` of queries ``x + rest [ROWS, W]`` and the clusters in row ``first`` of the table and on."""
+    at = (first + tl.arange(0, CLUSTERS)[:, None]) * W + tl.arange(0, W)[None, :]
+    # all on their way before the first is used
+    low = tl.trans(tl.load(table.low + at))
+    high = tl.trans(tl.load(table.high + at))
+    if table.variances is not None:
+        variances = tl.trans(tl.load(table.variances + at))
+    scores = dot(x, low, tl.zeros((x.shape[0], CLUSTERS), tl.float32), "ieee")
+    if PARTS == 2:
+        more = dot(rest, high, tl.zeros((x.shape[0], CLUSTERS), tl.float32), "ieee")
+        scores += tl.where(more == more, more, 0.0)  # 0 times infinity; the product below decides
+    if table.variances is not None:
+        scores = dot(squares, variances, scores, "ieee")
+    return dot(x, high, scores, "ieee")
+
+
+@triton.jit
+def _places(passes, first, CLUSTERS: tl.constexpr):
+    """Where each entry of a row that passes goes, int32 ``[ROWS, CLUSTERS]``: one place after the other from ``first
+    [ROWS]`` on, all less than 2**20. A product with a triangle of ones moves nothing between lanes."""
+    number = tl.arange(0, CLUSTERS)
+    earlier = (number[:, None] < number[None, :]).to(tl.float32).to(tl.bfloat16)
+    flags = passes.to(tl.float32).to(tl.bfloat16)
+    before = dot(flags, earlier, tl.zeros((passes.shape[0], CLUSTERS), tl.float32), "ieee")
+    # of the float32 2**20 + n, all bits of n are at a fixed place
+    base = ((first << 3) + 0x49800000).to(tl.float32, bitcast=True)
+    return ((before + base[:, None]).to(tl.int32, bitcast=True) >> 3) & 0xFFFFF
+
+
+@triton.jit
+def _kept(entries, count, least, ROWS: tl.constexpr, CAPACITY: tl.constexpr, CHUNK: tl.constexpr):
+    """Drop the entries below ``least [ROWS]``; returns how many stay."""
+    row = tl.arange(0, ROWS) * CAPACITY
+    kept = tl.zeros((ROWS,), tl.int32)
+    tl.debug_barrier()
+    for first in range(0, tl.max(count, 0), CHUNK):
+        slot = first + tl.arange(0, CHUNK)[None, :]
+        entry = tl.load(entries + row[:, None] + slot, mask=slot < count[:, None], other=_LOWEST_ENTRY)
+        stays = (slot < count[:, None]) & (entry >= least[:, None])
+        to = _places(stays, row + kept, CHUNK)
+        tl.debug_barrier()  # a place may be one that was just read
+        tl.store(entries + to, entry, mask=stays)
+        tl.debug_barrier()
+        kept += tl.sum(stays.to(tl.int32), 1)
+    return kept
+
+
+@triton.jit
+def _most_of(entries, count, most, ROWS: tl.constexpr, CAPACITY: tl.constexpr, CHUNK: tl.constexpr):
+    """The entry of which ``most`` of a row are no smaller, int64 ``[ROWS]``; the lowest there is where the row has
+    fewer. By bisection: this is for the few rows with many nearly equal scores."""
+    row = tl.arange(0, ROWS)[:, None] * CAPACITY
+    low = tl.full((ROWS,), _LOWEST_ENTRY, tl.int64)
+    high = tl.full((ROWS,), -1, tl.int64) ^ _LOWEST_ENTRY
+    for _ in range(64):
+        middle = (low & high) + ((low ^ high) >> 1)
+        above = tl.zeros((ROWS,), tl.int32)
+        for first in range(0, tl.max(count, 0), CHUNK):
+            slot = first + tl.arange(0, CHUNK)[None, :]
+            entry = tl.load(entries + row + slot, mask=slot < count[:, None], other=_LOWEST_ENTRY)
+            above += tl.sum((entry >= middle[:, None]).to(tl.int32), 1)
+        low = tl.where(above >= most, middle, low)
+        high = tl.where(above >= most, high, middle)
+    return tl.where(count >= most, low, _LOWEST_ENTRY)
+
+
+@triton.jit
+def _compress(scratch, most, LIMIT: tl.constexpr, ROWS: tl.constexpr, CAPACITY: tl.constexpr, CHUNK: tl.constexpr):
+    """Drop the entries below the bounds, and, where more than ``LIMIT`` are left in some row, all but ``most``.
+
+    Counts and bounds come and go through memory: what the main loop holds stays in the layout of its products.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    entries = scratch.entries + tl.program_id(0).to(tl.int64) * ROWS * CAPACITY
+    tl.debug_barrier()
+    count = tl.load(scratch.counts + row)
+    least = tl.load(scratch.bounds + row).to(tl.int64) << 32
+    count = _kept(entries, count, least, ROWS, CAPACITY, CHUNK)
+    if tl.max(count, 0) > LIMIT:
+        least = tl.maximum(least, _most_of(entries, count, most, ROWS, CAPACITY, CHUNK))
+        count = _kept(entries, count, least, ROWS, CAPACITY, CHUNK)
+    tl.debug_barrier()
+    tl.store(scratch.counts + row, count)
+    tl.store(scratch.bounds + row, (least >> 32).to(tl.int32))
+    tl.debug_barrier()
+
+
+@triton.jit
+def _descending(x, SIZE: tl.constexpr):
+    """``x [ROWS, SIZE]``, the largest of each row first."""
+    if INTERPRETED:  # where `tl.sort` is slow: a bitonic network
+        i = tl.arange(0, SIZE)[None, :] + tl.zeros(x.shape, tl.int32)
+        for stage in tl.static_range(1, 11):
+            if (1 << stage) <= SIZE:
+                for bit in tl.static_range(stage - 1, -1, -1):
+                    other = tl.gather(x, i ^ (1 << bit), 1)
+                    upper = ((i >> bit) & 1) == ((i >> stage) & 1)
+                    x = tl.where(upper, tl.maximum(x, other), tl.minimum(x, other))
+    else:
+        x = tl.sort(x, descending=True)
+    return x
 
 
 @triton.jit
 def rank_kernel(
-    q, q_batch, q_head, q_row, q_dim, table, limits, numbers, starts, ends, num_queries, kv_heads, budget, most, spread,
-    D: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, CLUSTERS: tl.constexpr, KEPT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, q_batch, q_head, q_row, q_dim, table, limits, opened, scratch, blocks, heads, kv_heads, items, num_queries,
+    spread,
+    D: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, CLUSTERS: tl.constexpr, CAPACITY: tl.constexpr,
+    KEPT: tl.constexpr, SORTED: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """``numbers, starts, ends``: int32 ``[B, G, N, most]``, for ``ROWS`` queries from ``program_id(0)`` on.
-
-    A row keeps ``KEPT`` clusters, in no order, and the smallest of them is what the next one must beat. The keys of a
-    cluster, as `_ranked` has them, are all different, so the smallest is one place.
-    """
-    head = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
-    of_head = (batch * kv_heads + head // (tl.num_programs(1) // kv_heads)) * table.slots
-    sizes = table.size + of_head
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    real = row < num_queries
-    # [ROWS, 1]
-    x = q + (batch * q_batch + head * q_head + row[:, None].to(tl.int64) * q_row)
-    # [ROWS, KEPT]
-    kept = tl.full((ROWS, KEPT), _LOWEST, tl.int64) + 1 + tl.arange(0, KEPT).to(tl.int64)[None, :]
-    smallest = tl.min(kept, 1)
-    for index in range(limits.ranges):
-        low, high = _limits_of(limits, index, batch, row, real, table.slots)
-        some = high > low
-        first = tl.min(tl.where(some, low, _LAST), 0)
-        last = tl.max(tl.where(some, high, 0), 0)
-        for start in range(first, last, CLUSTERS):
-            number = start + tl.arange(0, CLUSTERS)
-            inside = number < last
-            size = tl.load(sizes + number, mask=inside, other=0)
-            # [ROWS, CLUSTERS]
-            scores = _scores(x, q_dim, real, table, of_head, number, inside, spread, D, DIMS, PRECISION)
-            allowed = (number[None, :] >= low[:, None]) & (number[None, :] < high[:, None]) & (size > 0)[None, :]
-            for earlier in range(index):  # what an earlier range holds has been seen
+    """``opened``: int32 ``[B, G, N, most]``. A program takes every ``num_programs``-th of the ``items``, which are
+    ``blocks`` of ``ROWS`` queries of each head of each batch element."""
+    rows = tl.arange(0, ROWS)
+    slot = tl.arange(0, KEPT)[None, :]
+    entries = scratch.entries + tl.program_id(0).to(tl.int64) * ROWS * CAPACITY
+    counts = scratch.counts + tl.program_id(0).to(tl.int64) * ROWS
+    bounds = scratch.bounds + tl.program_id(0).to(tl.int64) * ROWS
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        block = item % blocks
+        head = (item // blocks % heads).to(tl.int64)
+        batch = (item // blocks // heads).to(tl.int64)
+        of_head = (batch * kv_heads + head // (heads // kv_heads)) * table.slots
+        sizes = table.size + of_head
+        row = block * ROWS + rows
+        real = row < num_queries
+        dims = tl.arange(0, W)[None, :]
+        at = q + (batch * q_batch + head * q_head) + row[:, None].to(tl.int64) * q_row + dims * q_dim
+        x = tl.load(at, mask=real[:, None] & (dims < D), other=0.0)
+        wide = x.to(tl.float32)
+        rest = x
+        if PARTS == 2:
+            x, rest = _parts(wide)
+        squares = (spread * wide * wide).to(tl.bfloat16)
+        bound = tl.full((ROWS,), _LOWEST + 1, tl.int32)
+        buckets = tl.full((ROWS, CLUSTERS), _LOWEST, tl.int32)
+        count = tl.zeros((ROWS,), tl.int32)
+        tiles = 0
+        for index in range(limits.ranges):
+            low, high = _limits_of(limits, index, batch, row, real, table.slots)
+            some = high > low
+            first = tl.min(tl.where(some, low, _LAST), 0)
+            last = tl.max(tl.where(some, high, 0), 0)
+            repeats = 0
+            for earlier in range(index):
                 begin, end = _limits_of(limits, earlier, batch, row, real, table.slots)
-                allowed = allowed & ((number[None, :] < begin[:, None]) | (number[None, :] >= end[:, None]))
-            allowed = allowed & (scores > -float("inf"))  # and no NaN
-            ranked = tl.where(allowed, _ranked(scores, number[None, :]), _LOWEST)
-            best = tl.max(ranked, 1)
-            while tl.max((best > smallest).to(tl.int32), 0) > 0:
-                replaced = (kept == smallest[:, None]) & (best > smallest)[:, None]
-                kept = tl.where(replaced, best[:, None], kept)
-                ranked = tl.where(ranked == best[:, None], _LOWEST, ranked)
-                smallest = tl.min(kept, 1)
-                best = tl.max(ranked, 1)
-    left = tl.zeros((ROWS,), tl.int32) + budget
-    out = ((batch * tl.num_programs(1) + head) * num_queries + row) * most
-    for slot in range(most):
-        best = tl.max(kept, 1)
-        kept = tl.where(kept == best[:, None], _LOWEST, kept)
-        number = (best & 0x7FFFFFFF).to(tl.int32) ^ 0x7FFFFFFF
-        found = real & (best > tl.full((), _LOWEST, tl.int64) + KEPT)
-        size = tl.load(sizes + number, mask=found, other=0)
-        # the first that does not fit ends the row: nothing is left then
-        fits = found & (size <= left)
-        left = tl.where(fits, left - size, -1)
-        start = tl.load(table.start + of_head + number, mask=fits, other=0)
-        tl.store(numbers + out + slot, tl.where(fits, number, -1), mask=real)
-        tl.store(starts + out + slot, start, mask=real)
-        tl.store(ends + out + slot, tl.where(fits, start + size, 0), mask=real)
+                repeats += tl.sum((tl.maximum(begin, low) < tl.minimum(end, high)).to(tl.int32), 0)
+            for start in range(first, last, CLUSTERS):
+                number = start + tl.arange(0, CLUSTERS)
+                size = tl.load(sizes + number, mask=number < last, other=0)
+                # [ROWS, CLUSTERS]
+                scores = _scores(x, rest, squares, table, of_head + start, W, CLUSTERS, PARTS)
+                allowed = (number[None, :] >= low[:, None]) & (number[None, :] < high[:, None]) & (size > 0)[None, :]
+                if repeats > 0:  # what an earlier range holds has been seen
+                    for earlier in range(index):
+                        begin, end = _limits_of(limits, earlier, batch, row, real, table.slots)
+                        seen = (number[None, :] >= begin[:, None]) & (number[None, :] < end[:, None])
+                        allowed = allowed & (seen == 0)
+                allowed = allowed & (scores > -float("inf"))  # and no NaN
+                ordered = tl.where(allowed, _ordered(scores), _LOWEST)
+                buckets = tl.maximum(buckets, (ordered & ~_SIZE_BITS) | tl.minimum(size, _SIZE_BITS)[None, :])
+                tiles += 1
+                if (tiles & (tiles - 1)) == 0:
+                    bound = _raised(bound, buckets, opened.budget, opened.most)
+                passes = ordered >= bound[:, None]
+                to = _places(passes, rows * CAPACITY + count, CLUSTERS)
+                entry = (ordered.to(tl.int64) << 32) | (number ^ 0x7FFFFFFF)[None, :].to(tl.int64)
+                tl.store(entries + to, entry, mask=passes)
+                count += tl.sum(passes.to(tl.int32), 1)
+                if tl.max(count, 0) > CAPACITY - CLUSTERS:
+                    tl.store(counts + rows, count)
+                    tl.store(bounds + rows, _raised(bound, buckets, opened.budget, opened.most))
+                    _compress(scratch, opened.most, CAPACITY - CLUSTERS, ROWS, CAPACITY, CLUSTERS)
+                    count = tl.load(counts + rows)
+                    bound = tl.load(bounds + rows)
+        tl.store(counts + rows, count)
+        tl.store(bounds + rows, _raised(bound, buckets, opened.budget, opened.most))
+        _compress(scratch, opened.most, KEPT, ROWS, CAPACITY, CLUSTERS)
+        for part in range(0, ROWS, SORTED):
+            some = part + tl.arange(0, SORTED)[:, None]
+            here = entries + some * CAPACITY + slot
+            best = tl.load(here, mask=slot < tl.load(counts + some), other=_LOWEST_ENTRY)
+            best = _descending(best, KEPT)
+            number = (best & 0x7FFFFFFF).to(tl.int32) ^ 0x7FFFFFFF
+            found = best > _LOWEST_ENTRY
+            size = tl.load(sizes + number, mask=found, other=0)
+            # the first that does not fit ends the row
+            fits = found & (tl.cumsum(size.to(tl.int64), 1) <= opened.budget) & (slot < opened.most)
+            start = tl.load(table.start + of_head + number, mask=fits, other=0)
+            query = block * ROWS + some
+            out = ((batch * heads + head) * num_queries + query) * opened.most + slot
+            there = (query < num_queries) & (slot < opened.most)
+            tl.store(opened.numbers + out, tl.where(fits, number, -1), mask=there)
+            tl.store(opened.start + out, start, mask=there)
+            tl.store(opened.end + out, tl.where(fits, start + size, 0), mask=there)
+        tl.debug_barrier()  # the next item writes over the entries

@@ -172,7 +172,7 @@ def _candidates(
     """The eligible keys of a proposal for some rows, ascending and unique ``[B, G, T, C]``, and scores if given."""
     batch, heads, queries, _ = q.shape
     if isinstance(proposal, Ranges):
-        keys = _expand(proposal, rows, eligible)
+        keys = expand_ranges(proposal, rows, eligible)
         scores = None
     else:
         keys = proposal.indices[:, :, rows] if proposal.indices.shape[2] > 1 else proposal.indices
@@ -247,7 +247,7 @@ def _scan(q: Tensor, k: Tensor, eligible: Eligible, budget: int) -> tuple[Tensor
     return best, best_scores, pairs
 
 
-def _expand(ranges: Ranges, rows: slice, eligible: Eligible) -> Tensor:
+def expand_ranges(ranges: Ranges, rows: slice, eligible: Eligible) -> Tensor:
     """The keys of the slices of some rows, after `_clip`: int32 ``[B or 1, G or 1, T, S·P·L]``, -1 = none."""
     start, end = _bounds(ranges, rows, eligible)
     length = int((end - start).max()) if start.numel() else 0

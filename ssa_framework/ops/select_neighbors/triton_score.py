@@ -91,6 +91,13 @@ def _holds(slices, batch, head, number, first, length, key):
 
 
 @triton.jit
+def _without(x, there, first, length):
+    """``x [QUERIES, KEYS]``, -inf where ``there [KEYS]`` lies in a slice that begins at ``first [QUERIES]``."""
+    apart = (there[None, :] - first[:, None]).to(tl.uint32)
+    return tl.where(apart < length[:, None].to(tl.uint32), -float("inf"), x)
+
+
+@triton.jit
 def _score_tile(
     q, k, pairs, slices, clipped, places, allowed, scores, tile_number, number, head, batch, graph_head,
     KV_SHARE: tl.constexpr, ORDERS: tl.constexpr, PER_ORDER: tl.constexpr, ROOM: tl.constexpr, BAND: tl.constexpr,
@@ -122,6 +129,12 @@ def _score_tile(
     if allowed.query_segments is not None:
         of_query = tl.load(allowed.query_segments + batch * allowed.query_segments_batch + row, mask=real, other=0)
     k_start = k.pointer + batch * k.batch + graph_head // KV_SHARE * k.head
+    # where few slices can be earlier, all of them stay in registers
+    FEW: tl.constexpr = SLOTS > 1 and SLOTS <= 4 and not SEARCH
+    if FEW:
+        first_0, length_0 = _spans(clipped, of_row, real & (own > 0))
+        first_1, length_1 = _spans(clipped, of_row + 1, real & (own > 1))
+        first_2, length_2 = _spans(clipped, of_row + 2, real & (own > 2))
     start = tl.min(tl.where(length > 0, first, slices.length), 0)
     key, entry = _step(slices, places, batch, graph_head, head * ORDERS + number, number, start, SLOTS, KEYS, SEARCH)
     while start < slices.length:
@@ -159,6 +172,21 @@ def _score_tile(
                     key[None, :],
                 )  # fmt: skip
                 x = tl.where(found, -float("inf"), x)
+        elif FEW:
+            # [KEYS]
+            line = places.table + entry.to(tl.int64)[:, None] * ((ORDERS + 1) // 2 * 2) + tl.arange(0, 2)[None, :]
+            there_0, there_1 = tl.split(tl.load(line))
+            there_2 = there_0
+            if ORDERS > 2:
+                there_2, _ = tl.split(tl.load(line + 2))
+            earlier = number * PER_ORDER + PER_ORDER - 1  # than some slice of this order
+            if earlier > 0:
+                x = _without(x, there_0, first_0, length_0)
+            if earlier > 1:
+                x = _without(x, there_1 if PER_ORDER == 1 else there_0, first_1, length_1)
+            if earlier > 2:
+                last = there_2 if PER_ORDER == 1 else there_1 if PER_ORDER == 2 else there_0
+                x = _without(x, last, first_2, length_2)
         elif SLOTS > 1:
             line = places.table + entry.to(tl.int64)[:, None] * ((ORDERS + 1) // 2 * 2) + tl.arange(0, 2)[None, :]
             for two in range(0, number + (1 if PER_ORDER > 1 else 0), 2):
@@ -169,8 +197,7 @@ def _score_tile(
                     for sibling in tl.static_range(PER_ORDER):
                         other = (two + half) * PER_ORDER + sibling
                         other_first, other_length = _spans(clipped, of_row + other, real & (own > other))
-                        apart = (there[None, :] - other_first[:, None]).to(tl.uint32)
-                        x = tl.where(apart < other_length[:, None].to(tl.uint32), -float("inf"), x)
+                        x = _without(x, there, other_first, other_length)
         # Outside the slices stands a NaN of its own: as a mask, it needs no row of numbers in the layout of the store.
         bits = tl.where(inside, x.to(tl.int32, bitcast=True), _OUTSIDE)
         tl.store(scores + (out[:, None] + place[None, :]), bits.to(tl.float32, bitcast=True), mask=bits != _OUTSIDE)

@@ -1,0 +1,111 @@
+"""The kernel that puts the keys of a segment in the order of its clusters, cuts large ones, and averages each piece."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ssa_framework.ops.cluster_keys.triton_lloyd import _keys, _segment
+
+
+class Found(NamedTuple):
+    """The fields of `Clusters`; ``slots`` of a segment."""
+
+    order: Any
+    start: Any
+    size: Any
+    centroids: Any
+    variances: Any
+    slots: Any
+
+
+@triton.jit
+def gather_kernel(
+    segments, owners, counts, parts, clusters, capacity, found,
+    D: tl.constexpr, W: tl.constexpr, KEYS: tl.constexpr, PLACES: tl.constexpr, CLUSTERS: tl.constexpr,
+):  # fmt: skip
+    """All of one centroid of a segment: ``program_id(0)``, counted through all segments.
+
+    A counting sort: what the centroids before it own is before its keys, and these keep their order. Slots that no
+    piece takes are shared by the programs of the segment, which write zeros there.
+    """
+    mine = tl.program_id(0) % clusters
+    number_of_segment = tl.program_id(0) // clusters
+    index, keys, start = _segment(segments, number_of_segment)
+    number = tl.arange(0, CLUSTERS)
+    count = tl.zeros((CLUSTERS,), tl.int32)
+    for part in range(parts):
+        count += tl.load(counts + (index * parts + part) * CLUSTERS + number)
+    count = tl.where(start >= 0, count, 0)
+    pieces = (count + capacity - 1) // capacity
+    n = tl.sum(tl.where(number == mine, count, 0), 0)
+    before = tl.sum(tl.where(number < mine, count, 0), 0)
+    slot = tl.sum(tl.where(number < mine, pieces, 0), 0)
+    taken = tl.sum(pieces, 0)
+    of_segment = index * segments.length
+    ordered = found.order + of_segment + before
+    if n > 0:
+        seen = tl.zeros((), tl.int32)
+        for first in range(0, segments.length, PLACES):
+            place = first + tl.arange(0, PLACES)
+            owner = tl.load(owners + of_segment + place, mask=place < segments.length, other=-1)
+            owned = (owner == mine).to(tl.int32)
+            at = seen + tl.cumsum(owned, 0) - owned
+            tl.store(ordered + at, start + place, mask=owned > 0)
+            seen += tl.sum(owned, 0)
+    tl.debug_barrier()  # read back in another order than written
+    dims = tl.arange(0, W)
+    parts_of_mine = (n + capacity - 1) // capacity
+    out = index * found.slots + slot
+    for piece in range(parts_of_mine):
+        begin = (n.to(tl.int64) * piece // parts_of_mine).to(tl.int32)
+        size = (n.to(tl.int64) * (piece + 1) // parts_of_mine).to(tl.int32) - begin
+        total = tl.zeros((W,), tl.float32)
+        for first in range(0, size, KEYS):
+            nth = first + tl.arange(0, KEYS)
+            key = tl.load(ordered + begin + nth, mask=nth < size, other=0) - start
+            total += tl.sum(_keys(keys, segments, key, nth < size, D, W).to(tl.float32), 0)
+        mean = total / size
+        squares = tl.zeros((W,), tl.float32)
+        for first in range(0, size, KEYS):
+            nth = first + tl.arange(0, KEYS)
+            key = tl.load(ordered + begin + nth, mask=nth < size, other=0) - start
+            apart = _keys(keys, segments, key, nth < size, D, W).to(tl.float32) - mean[None, :]
+            squares += tl.sum(tl.where((nth < size)[:, None], apart * apart, 0.0), 0)
+        tl.store(found.start + out + piece, number_of_segment * segments.length + before + begin)
+        tl.store(found.size + out + piece, size)
+        tl.store(found.centroids + (out + piece) * D + dims, mean, mask=dims < D)
+        tl.store(found.variances + (out + piece) * D + dims, squares / size, mask=dims < D)
+    zeros = tl.zeros((W,), tl.float32)
+    for empty in range(taken + mine, found.slots, clusters):
+        at = index * found.slots + empty
+        tl.store(found.start + at, 0)
+        tl.store(found.size + at, 0)
+        tl.store(found.centroids + at * D + dims, zeros, mask=dims < D)
+        tl.store(found.variances + at * D + dims, zeros, mask=dims < D)
+    if start < 0:
+        for first in range(mine * PLACES, segments.length, clusters * PLACES):
+            place = first + tl.arange(0, PLACES)
+            tl.store(found.order + of_segment + place, tl.zeros((PLACES,), tl.int32), mask=place < segments.length)
+
+
+@triton.jit
+def members_kernel(
+    members, members_batch, members_head, order, start, size, first_number, slots, places, PLACES: tl.constexpr
+):
+    """``members[b, h, key] = first_number + slot`` for the keys ``order[start : start + size]`` of slot
+    ``program_id(0)``; ``order [B, Hkv, places]``, ``start`` and ``size [B, Hkv, slots]``."""
+    batch = tl.program_id(2).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    of_head = batch * tl.num_programs(1) + head
+    slot = tl.program_id(0)
+    count = tl.load(size + of_head * slots + slot)
+    begin = tl.load(start + of_head * slots + slot)
+    here = members + batch * members_batch + head * members_head
+    for first in range(0, count, PLACES):
+        nth = first + tl.arange(0, PLACES)
+        inside = nth < count
+        key = tl.load(order + of_head * places + begin + nth, mask=inside, other=0)
+        tl.store(here + key, tl.zeros((PLACES,), tl.int32) + (first_number + slot), mask=inside)
