@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +44,93 @@ class _Index:
     known: KnownTensors
 
 
+class IndexStates:
+    """What the sources of one router keep of a sequence of keys and values that lie elsewhere, and that grows.
+
+    Everything here follows from the keys and the values: where it is lost, the next call makes it anew. A deep copy
+    shares the router and its sources, and nothing else.
+    """
+
+    def __init__(self) -> None:
+        self.owner: Any = None
+        """The router whose sources keep their states here."""
+        self._indices: dict[str, _Index] = {}
+        self._summaries = KeptSummaries()
+        self.sequence: tuple[Tensor, Tensor] | None = None
+        """Keys ``[B, Hkv, M, D]`` and values ``[B, Hkv, M, Dv]``, while something is routed among them."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> IndexStates:
+        twin = IndexStates()
+        twin.owner = self.owner
+        for name, index in self._indices.items():
+            twin._keep_state(name, index, copy.deepcopy(index.state, memo), index.length)
+        twin._summaries = copy.deepcopy(self._summaries, memo)
+        return twin
+
+    @_outside_inference_mode
+    def crop(self, length: int) -> None:
+        """Forget the keys from position ``length`` on."""
+        self._summaries.crop(length)
+        for name, index in list(self._indices.items()):
+            if index.length > length:
+                self._keep_state(name, index, index.source.crop(index.state, length), length)
+
+    @_outside_inference_mode
+    def reorder(self, index: Tensor) -> None:
+        """Make batch element i the present element ``index[i]``, int64 ``[B']``; they may repeat, or be left out."""
+        self._summaries.reorder(index)
+        for name, kept in list(self._indices.items()):
+            self._keep_state(name, kept, kept.source.reorder(kept.state, index), kept.length)
+
+    # -- for the router ------------------------------------------------------------------------------------------
+
+    def bind(self, owner: object) -> None:
+        """Say which router's sources keep their states here.
+
+        Raises:
+            CacheError: those of another one do.
+        """
+        if self.owner is not None and self.owner is not owner:
+            raise CacheError(
+                "this cache holds index states of another layer; use one layer of the SSACache for each layer of the "
+                "model, or reset() it"
+            )
+        self.owner = owner
+
+    def indexed(self, name: str, source: NeighborSource, ctx: RoutingContext) -> RoutingContext:
+        """``ctx`` with the state of a source, which then holds all keys of ``ctx``."""
+        index = self._indices.get(name)
+        if index is None:
+            index = self._indices[name] = _Index(source, source.init_state(ctx), 0, KnownTensors())
+        if index.state is None:
+            return ctx
+        ctx = replace(ctx, state=index.state)
+        if index.length < ctx.num_keys:
+            index.state = source.append(index.state, replace(ctx, first_new=index.length))
+            index.length = ctx.num_keys
+            ctx = replace(ctx, state=index.state)
+        return ctx
+
+    def known(self, name: str) -> KnownTensors | None:
+        """What a source keeps here and need not be checked again; ``None`` where it keeps nothing."""
+        index = self._indices[name]
+        return None if index.state is None else index.known
+
+    def summarised(self, name: str, summaries: Summaries, mask: EdgeMask, columns: Tensor | None) -> Summaries | None:
+        """Summaries of a source with their means, which are kept; ``None`` where the source keeps no state, and so may
+        number them in another way each time."""
+        if self._indices[name].state is None or self.sequence is None:
+            return None
+        return self._summaries.complete(summaries, name, mask, columns, *self.sequence)
+
+    def _keep_state(self, name: str, index: _Index, state: Any, length: int) -> None:
+        """A source that has no state left starts anew with the next call."""
+        if state is None:
+            self._indices.pop(name, None)
+        else:
+            self._indices[name] = _Index(index.source, state, length, KnownTensors())
+
+
 class LayerCache:
     """Keys and values of one attention layer, and what its sources keep of the keys.
 
@@ -52,20 +140,23 @@ class LayerCache:
     Nothing here is differentiable; `append` refuses tensors that collect gradients.
     """
 
-    owner: Any
-    """The router whose sources keep their states here."""
+    states: IndexStates
+    """What the sources keep."""
     config: Any
-    """What `sparse_attention` made that router of."""
+    """What `sparse_attention` made the router of."""
     _keys: GrowingTensor
     _values: GrowingTensor
     _keep: GrowingTensor | None
-    _indices: dict[str, _Index]
-    _summaries: KeptSummaries
 
     def __init__(self) -> None:
         self.reset()
 
     # -- what is there -------------------------------------------------------------------------------------------
+
+    @property
+    def owner(self) -> Any:
+        """The router whose sources keep their states here; ``None`` before it was used."""
+        return self.states.owner
 
     @property
     def length(self) -> int:
@@ -152,10 +243,7 @@ class LayerCache:
         _check_length(length, self.length)
         for tensor in self._tensors():
             tensor.crop(length)
-        self._summaries.crop(length)
-        for name, index in list(self._indices.items()):
-            if index.length > length:
-                self._keep_state(name, index, index.source.crop(index.state, length), length)
+        self.states.crop(length)
 
     @_outside_inference_mode
     def reorder(self, batch_indices: Tensor | Sequence[int]) -> None:
@@ -176,66 +264,15 @@ class LayerCache:
             raise CacheError(f"batch_indices must lie in [0, {batch}), got {index.tolist()}")
         for tensor in self._tensors():
             tensor.reorder(index)
-        self._summaries.reorder(index)
-        for name, kept in list(self._indices.items()):
-            self._keep_state(name, kept, kept.source.reorder(kept.state, index), kept.length)
+        self.states.reorder(index)
 
     def reset(self) -> None:
         """Drop everything; the cache can serve another batch, or another layer."""
         self._keys, self._values = GrowingTensor(axis=2), GrowingTensor(axis=2)
-        self._keep, self._indices, self._summaries = None, {}, KeptSummaries()
-        self.owner = self.config = None
+        self._keep, self.states, self.config = None, IndexStates(), None
 
     def _tensors(self) -> list[GrowingTensor]:
         return [self._keys, self._values] + ([self._keep] if self._keep is not None else [])
-
-    # -- for the router ------------------------------------------------------------------------------------------
-
-    def bind(self, owner: object) -> None:
-        """Say which router's sources keep their states here.
-
-        Raises:
-            CacheError: those of another one do.
-        """
-        if self.owner is not None and self.owner is not owner:
-            raise CacheError(
-                "this cache holds index states of another layer; use one layer of the SSACache for each layer of the "
-                "model, or reset() it"
-            )
-        self.owner = owner
-
-    def indexed(self, name: str, source: NeighborSource, ctx: RoutingContext) -> RoutingContext:
-        """``ctx`` with the state of a source, which then holds all keys of ``ctx``."""
-        index = self._indices.get(name)
-        if index is None:
-            index = self._indices[name] = _Index(source, source.init_state(ctx), 0, KnownTensors())
-        if index.state is None:
-            return ctx
-        ctx = replace(ctx, state=index.state)
-        if index.length < ctx.num_keys:
-            index.state = source.append(index.state, replace(ctx, first_new=index.length))
-            index.length = ctx.num_keys
-            ctx = replace(ctx, state=index.state)
-        return ctx
-
-    def known(self, name: str) -> KnownTensors | None:
-        """What a source keeps here and need not be checked again; ``None`` where it keeps nothing."""
-        index = self._indices[name]
-        return None if index.state is None else index.known
-
-    def summarised(self, name: str, summaries: Summaries, mask: EdgeMask, columns: Tensor | None) -> Summaries | None:
-        """Summaries of a source with their means, which are kept; ``None`` where the source keeps no state, and so may
-        number them in another way each time."""
-        if self._indices[name].state is None:
-            return None
-        return self._summaries.complete(summaries, name, mask, columns, self.keys, self.values)
-
-    def _keep_state(self, name: str, index: _Index, state: Any, length: int) -> None:
-        """A source that has no state left starts anew with the next call."""
-        if state is None:
-            del self._indices[name]
-        else:
-            self._indices[name] = _Index(index.source, state, length, KnownTensors())
 
 
 class SSACache:

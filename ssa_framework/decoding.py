@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssa_framework.cache import LayerCache
+from ssa_framework.cache import IndexStates, LayerCache
 from ssa_framework.errors import CacheError, ConfigError, ShapeError
 from ssa_framework.graph import NeighborGraph
 from ssa_framework.masks import EdgeMask
@@ -53,24 +53,69 @@ def attend_cached(
         raise ShapeError(f"queries, keys and values are those of the new tokens, got {q.shape[2]} and {k.shape[2]}")
     if torch.is_grad_enabled() and q.requires_grad:
         raise CacheError("a cache is for inference: decode under torch.no_grad(), or pass detached queries")
-    cache.check(k, v, key_keep)
-    outs, graph = [], None
-    # what a cache keeps must not be tensors of inference mode, which nobody may write to outside of it
+    cache.append(k, v, key_keep)
+    if not cache.length:
+        return q.new_zeros((*q.shape[:3], v.shape[3])), None
+    return attend_last(
+        router,
+        cache.states,
+        q,
+        cache.keys,
+        cache.values,
+        key_keep=cache.key_keep,
+        scale=scale,
+        fp32_weights=fp32_weights,
+        source_inputs=source_inputs,
+    )
+
+
+def attend_last(
+    router: Router,
+    states: IndexStates,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_keep: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    fp32_weights: bool = False,
+    source_inputs: Mapping[str, Any] | None = None,
+) -> tuple[Tensor, NeighborGraph | None]:
+    """Attend from the last tokens of a sequence to all of it; nothing is differentiable.
+
+    Args:
+        states: what the sources keep of the keys.
+        q: ``[B, H, new, D]``. k: ``[B, Hkv, M, D]``. v: ``[B, Hkv, M, Dv]``, padding being finite.
+        key_keep: bool ``[B or 1, M]``, False = padding.
+        scale, dropout_p, fp32_weights: see `neighbor_attention`. source_inputs: see `build_graph`.
+
+    Returns: as `attend_cached`.
+    """
+    before, outs, graph = k.shape[2] - q.shape[2], [], None
+    # what is kept must not be tensors of inference mode, which nobody may write to outside of it
     with torch.inference_mode(False), torch.no_grad():
-        for rows in _pieces(cache.length, q.shape[2], router.dense_below_in_cache):
-            here = slice(None) if rows == slice(0, q.shape[2]) else rows
-            before = cache.length
-            cache.append(k[:, :, here], v[:, :, here], None if key_keep is None else key_keep[:, here])
-            keys, values = cache.keys, cache.values
-            positions = torch.arange(before, cache.length, dtype=torch.int32, device=q.device)[None]
-            mask = EdgeMask(causal=True, positions=positions, offset=before, key_keep=cache.key_keep)
-            graph = router(q[:, :, here], keys, mask, source_inputs=source_inputs, cache=cache)
+        for start, stop in _pieces(before, q.shape[2], router.dense_below_in_cache):
+            whole = stop - start == q.shape[2]
+            some, length = q if whole else q[:, :, start:stop], before + stop
+            keys, values, keep = k, v, key_keep
+            if length < k.shape[2]:
+                keys, values = k[:, :, :length], v[:, :, :length]
+                keep = None if key_keep is None else key_keep[:, :length]
+            positions = torch.arange(before + start, length, dtype=torch.int32, device=q.device)[None]
+            mask = EdgeMask(causal=True, positions=positions, offset=before + start, key_keep=keep)
+            states.sequence = keys, values
+            try:
+                graph = router(some, keys, mask, source_inputs=source_inputs, cache=states)
+            finally:
+                states.sequence = None  # views of a room that may be outgrown
             out, _ = neighbor_attention(
-                q[:, :, here],
+                some,
                 keys,
                 values,
                 graph,
                 scale=scale,
+                dropout_p=dropout_p,
                 fp32_weights=fp32_weights,
                 backend=router.backend,
                 dense=router.dense_below != 0,
@@ -82,9 +127,9 @@ def attend_cached(
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2), graph
 
 
-def _pieces(length: int, new: int, dense_below: int | None) -> Iterator[slice]:
+def _pieces(length: int, new: int, dense_below: int | None) -> Iterator[tuple[int, int]]:
     """The new tokens, cut where dense attention ends."""
     few = min(max((dense_below or 0) - 1 - length, 0), new)
     for start, stop in ((0, few), (few, new)):
         if start < stop:
-            yield slice(start, stop)
+            yield start, stop

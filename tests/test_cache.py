@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -38,6 +39,7 @@ MIXES: dict[str, dict[str, Any] | None] = {
     "blocks": {"self": {}, "blocks": {"size": 8, "keys": 32}},
     "blocks-with-summaries": {"blocks": {"size": 8, "keys": 32, "attend": "all", "summaries": True}},
     "late-columns": {"global": {"indices": [0, 70, 500]}, "clusters": {"levels": [[16, 4]], "keys": 12}},
+    "faiss": {"self": {}, "faiss": {"index": "Flat", "block": 32}},
     "columns-and-topk": {"self": {}, "global": {"indices": [3, 90]}, "topk": {}},
     "lsh-probes": {"self": {}, "lsh": {"rounds": 3, "probes": 2, "candidates": 8}},
     "everything": {
@@ -156,6 +158,22 @@ def test_beams(mix: str) -> None:
     got = decode(router, cache, moved, [1] * 10 + [LENGTH - 112], keep[origin])
     want = prefill(router, moved, keep[origin])
     assert_same(got, (want[0][:, :, 102:], want[1][:, :, 102:]), keep[origin])
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
+@pytest.mark.parametrize("mix", ["default", "preset", "blocks", "faiss", "everything"])
+def test_deep_copy(mix: str, padded: bool) -> None:
+    """A prompt that goes on in two ways: what happens to a copy does not show in the other."""
+    tokens, router, cache = make_tokens(), Router(config(mix)), LayerCache()
+    keep = left_padded() if padded else None
+    decode(router, cache, tokens, [90, 1, 1], keep)
+    twin = copy.deepcopy(cache)
+    assert twin.owner is router
+    other = tuple(torch.cat([x[:, :, :92], torch.randn_like(x[:, :, 92:])], dim=2) for x in tokens)
+    for caches, goes_on in ((cache, tokens), (twin, other)):
+        got = decode(router, caches, goes_on, [1] * 20 + [LENGTH - 112], keep)
+        want = prefill(router, goes_on, keep)
+        assert_same(got, (want[0][:, :, 92:], want[1][:, :, 92:]), None if keep is None else keep[:, 92:])
 
 
 def test_padding_in_the_middle() -> None:
@@ -401,6 +419,9 @@ def test_growth_is_amortised() -> None:
         rooms.add(grown.room.data_ptr())
     assert grown.view.shape == (1, 2, 1000, 4)
     assert len(rooms) <= 6
+    grown.append(torch.ones(1, 2, 50_000, 4))
+    assert grown.room is not None
+    assert grown.room.shape[2] < 1.3 * grown.length
 
 
 def test_sources_without_a_state_see_all_keys() -> None:

@@ -7,22 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ssa_framework.plugin import (
-    Clusters,
-    ConfigError,
-    LayerSpec,
-    NeighborSource,
-    Proposal,
-    Ranges,
-    Registrar,
-    RoutingContext,
-    hookimpl,
-)
-from ssa_plugins.kept_segments import KeptSegments
-from ssa_plugins.segments import Attend, Level, Opened, Places, check_attend, propose, take
+from ssa_framework.plugin import Clusters, ConfigError, LayerSpec, Registrar, hookimpl
+from ssa_plugins.segment_source import SegmentSource, check_attend, check_integer
+from ssa_plugins.segments import Attend, take
 
 
-class Blocks(NeighborSource):
+class Blocks(SegmentSource):
     """The sequence is cut into blocks of consecutive keys, and a query looks at the best of them and at its own.
 
     Blocks are ranked by ``q·mean`` of their keys (MoBA, Lu et al., 2025), or by the largest ``q·k`` that the smallest
@@ -42,8 +32,6 @@ class Blocks(NeighborSource):
     Ranking compares a query with one mean, or two bounds, for every ``size`` keys, which `keys_scored` leaves out.
     """
 
-    rebuilds = False
-
     def __init__(
         self,
         layer: LayerSpec,
@@ -54,54 +42,33 @@ class Blocks(NeighborSource):
         attend: Attend = "topk",
         summaries: bool = False,
     ) -> None:
-        super().__init__(layer)
-        keys = 4 * layer.num_neighbors if keys is None else keys
-        for name, value in (("size", size), ("keys", keys)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"blocks: {name} must be an integer >= 1, got {value!r}")
+        size = check_integer("blocks", "size", size, least=1)
+        keys = check_integer("blocks", "keys", 4 * layer.num_neighbors if keys is None else keys, least=1)
         if rank not in ("bound", "mean"):
             raise ConfigError(f"blocks: rank must be 'bound' or 'mean', got {rank!r}")
         if keys < size:
             raise ConfigError(f"blocks: keys must hold a block of {size} keys at least, got {keys}")
-        self.size, self.rank, self.keys = size, rank, keys
-        self.attend, self.summaries = check_attend("blocks", attend), summaries
+        super().__init__(
+            layer,
+            levels=[(size, size)],
+            keys=keys,
+            attend=check_attend("blocks", attend),
+            summaries=summaries,
+            width=layer.head_dim * (1 if rank == "mean" else 2),
+        )
+        self.size, self.rank = size, rank
 
     def extra_repr(self) -> str:
-        return f"size={self.size}, rank={self.rank}, keys={self.keys}, attend={self.attend}"
+        looks = f"keys={self.keys}, attend={self.attend!r}, summaries={self.summaries}"
+        return f"size={self.size}, rank={self.rank!r}, {looks}"
 
-    def propose(self, ctx: RoutingContext) -> Proposal | list[Proposal]:
-        # where attention is causal, a query must not see more keys for want of later ones
-        few = self.layer.num_neighbors if not ctx.causal else min(self.layer.num_neighbors, self.size)
-        if ctx.num_keys <= few:
-            return Ranges.everything()  # all of them fit the budget; there is nothing to choose
-        if ctx.state is not None:
-            kept: KeptSegments = ctx.state
-            return kept.propose(
-                ctx, self._compared(ctx.q), keys=self.keys, about=2 * self.size, spread=0.0, attend=self.attend,
-                summaries=self.summaries,
-            )  # fmt: skip
-        places = Places.of(ctx, self.size)
-        if not places.starts.shape[1]:
-            return propose(ctx, places, None, attend=self.attend, summaries=False)
-        keys = ctx.shared_k if places.order is None else take(ctx.shared_k, places.order)
-        level = Level.of(ctx, places, self._blocks(keys, places.starts))
-        opened = Opened.best(ctx, self._compared(ctx.q), [level], keys=self.keys, about=2 * self.size)
-        return propose(ctx, places, opened, attend=self.attend, summaries=self.summaries)
-
-    def _compared(self, q: Tensor) -> Tensor:
-        """Queries whose product with the centroids of `_blocks` ranks them."""
-        if self.rank == "mean":
-            return q.float()
-        # the largest score is the sum of max(q·high, q·low), coordinate by coordinate
-        return torch.cat([q.clamp(min=0), q.clamp(max=0)], dim=-1).float()
-
-    def _blocks(self, keys: Tensor, starts: Tensor) -> Clusters:
+    def cluster(self, keys: Tensor, starts: Tensor, level: tuple[int, int]) -> Clusters:
         """Blocks as clusters."""
         batch, heads = keys.shape[:2]
         used = (starts >= 0).expand(batch, -1)
         place = starts.clamp(min=0)[..., None] + torch.arange(self.size, dtype=torch.int32, device=keys.device)
         place = place.expand(batch, -1, -1).flatten(1)
-        rows = take(keys, place).float().unflatten(2, (-1, self.size))  # [B, Hkv, F, size, D]
+        rows = take(keys, place).unflatten(2, (-1, self.size))  # [B, Hkv, F, size, D]
         if self.rank == "mean":
             centroids = rows.mean(3)
         else:
@@ -115,28 +82,17 @@ class Blocks(NeighborSource):
             centroids.contiguous(),
         )
 
-    # -- decoding: blocks are made when they are full -----------------------------------------------------------------
+    def slots(self, level: tuple[int, int]) -> int:
+        return 1
 
-    def init_state(self, ctx: RoutingContext) -> KeptSegments:
-        width = self.layer.head_dim * (1 if self.rank == "mean" else 2)
-        return KeptSegments(ctx, [(self.size, 1)], width)
+    def most(self, cluster: int) -> int:
+        return -(-self.keys // cluster)
 
-    def append(self, state: KeptSegments, ctx: RoutingContext) -> KeptSegments:
-        def blocks(level: int, keys: Tensor) -> Clusters:
-            return self._blocks(
-                keys, torch.arange(0, keys.shape[2], self.size, dtype=torch.int32, device=ctx.device)[None]
-            )
-
-        state.append(ctx, blocks)
-        return state
-
-    def crop(self, state: KeptSegments, length: int) -> KeptSegments:
-        state.crop(length)
-        return state
-
-    def reorder(self, state: KeptSegments, index: Tensor) -> KeptSegments:
-        state.reorder(index)
-        return state
+    def compared(self, q: Tensor) -> Tensor:
+        if self.rank == "mean":
+            return q.float()
+        # the largest score is the sum of max(q·high, q·low), coordinate by coordinate
+        return torch.cat([q.clamp(min=0), q.clamp(max=0)], dim=-1).float()
 
 
 @hookimpl

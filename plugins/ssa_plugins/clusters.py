@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ssa_framework.plugin import Clusters as ClustersOfKeys
 from ssa_framework.plugin import (
     ConfigError,
     LayerSpec,
-    NeighborSource,
-    Proposal,
-    Ranges,
     Registrar,
     RoutingContext,
     cluster_keys,
     cluster_slots,
     hookimpl,
 )
-from ssa_plugins.kept_segments import KeptSegments
-from ssa_plugins.segments import Attend, Level, Opened, Places, check_attend, propose, take
+from ssa_plugins.segment_source import SegmentSource, check_attend, check_integer
+from ssa_plugins.segments import Attend
 
 _MOST_SEEN = 1024
 """Clusters, about, that a query sees at most where it sees all of them; the last level may have more."""
@@ -30,7 +26,7 @@ _LAST_STEPS = 2
 """Lloyd steps that look at all keys of a segment."""
 
 
-class Clusters(NeighborSource):
+class Clusters(SegmentSource):
     """The sequence is cut into segments, and the keys of each full segment into clusters by k-means.
 
     A query attends to all keys of the segment that it stands in, to the keys of the clusters that fit it best, up to a
@@ -63,8 +59,6 @@ class Clusters(NeighborSource):
     the band, which may reach into an earlier segment, is also in the summary of its cluster there.
     """
 
-    rebuilds = False
-
     def __init__(
         self,
         layer: LayerSpec,
@@ -75,49 +69,40 @@ class Clusters(NeighborSource):
         attend: Attend = "all",
         summaries: bool = True,
     ) -> None:
-        super().__init__(layer)
-        keys = 2 * layer.num_neighbors if keys is None else keys
-        if isinstance(keys, bool) or not isinstance(keys, int) or keys < 1:
-            raise ConfigError(f"clusters: keys must be an integer >= 1, got {keys!r}")
-        if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
-            raise ConfigError(f"clusters: iterations must be an integer >= 0, got {iterations!r}")
-        self.levels, self.keys, self.iterations = _checked_levels(levels), keys, iterations
-        self.attend, self.summaries = check_attend("clusters", attend), summaries
-        self.spread = 0.5 * layer.head_dim**-0.5
+        keys = check_integer("clusters", "keys", 2 * layer.num_neighbors if keys is None else keys, least=1)
+        iterations = check_integer("clusters", "iterations", iterations, least=0)
+        super().__init__(
+            layer,
+            levels=_checked_levels(levels),
+            keys=keys,
+            attend=check_attend("clusters", attend),
+            summaries=summaries,
+            width=layer.head_dim,
+            spread=0.5 * layer.head_dim**-0.5,
+        )
+        self.iterations = iterations
 
     def extra_repr(self) -> str:
         return f"levels={self.levels}, keys={self.keys}, attend={self.attend!r}, summaries={self.summaries}"
 
-    def propose(self, ctx: RoutingContext) -> Proposal | list[Proposal]:
-        # where attention is causal, a query must not see more keys for want of later ones
-        few = self.layer.num_neighbors if not ctx.causal else min(self.layer.num_neighbors, self.levels[0][0])
-        if ctx.num_keys <= few:
-            return Ranges.everything()  # all of them fit the budget; there is nothing to choose
-        if ctx.state is not None:
-            kept: KeptSegments = ctx.state
-            return kept.propose(
-                ctx, ctx.q, keys=self.keys, about=self.levels[0][1], spread=self.spread, attend=self.attend,
-                summaries=self.summaries,
-            )  # fmt: skip
-        sizes = self._sizes(ctx)
-        places = [Places.of(ctx, segment) for segment, _ in sizes]
-        own, levels = places[0], []
-        # once for all levels; all of them place the keys alike
-        keys = ctx.shared_k.float().contiguous() if own.order is None else take(ctx.shared_k.float(), own.order)
-        for i, (segment, cluster) in enumerate(sizes):
-            here, first = places[i], None
-            if not here.starts.shape[1]:
-                break  # not one full segment, nor on a higher level
-            if i + 1 < len(sizes):  # what is full on the next level is seen there
-                above = places[i + 1]
-                first = here.first + (above.stop - above.first) * (sizes[i + 1][0] // segment)
-            levels.append(self._level(ctx, keys, here, segment, cluster, first))
-        if not levels:
-            return propose(ctx, own, None, attend=self.attend, summaries=False)
-        opened = Opened.best(ctx, ctx.q, levels, keys=self.keys, about=sizes[0][1], spread=self.spread)
-        return propose(ctx, own, opened, attend=self.attend, summaries=self.summaries)
+    def cluster(self, keys: Tensor, starts: Tensor, level: tuple[int, int]) -> ClustersOfKeys:
+        count, capacity = self._pieces(level)
+        coarse = max(0, self.iterations - _LAST_STEPS)
+        return cluster_keys(keys, starts, level[0], count, iterations=self.iterations, coarse=coarse, capacity=capacity)
 
-    def _sizes(self, ctx: RoutingContext) -> list[tuple[int, int]]:
+    def slots(self, level: tuple[int, int]) -> int:
+        return cluster_slots(level[0], *self._pieces(level))
+
+    def _pieces(self, level: tuple[int, int]) -> tuple[int, int]:
+        """How many centroids a segment has, and the most keys of a cluster: the best one must always fit."""
+        segment, cluster = level
+        return max(1, round(segment / cluster)), min(2 * cluster, self.keys)
+
+    def most(self, cluster: int) -> int:
+        # half the usual size on average would be uncommonly small
+        return -(-2 * self.keys // cluster)
+
+    def levels_for(self, ctx: RoutingContext) -> list[tuple[int, int]]:
         """All levels, or, without causality, the first that is coarse enough for the number of keys."""
         if ctx.causal:
             return self.levels
@@ -128,46 +113,6 @@ class Clusters(NeighborSource):
             return [(segment, cluster)]
         # as many keys in each segment, so that few are left over
         return [(max(1, ctx.num_keys // max(1, round(ctx.num_keys / segment))), cluster)]
-
-    def _level(
-        self, ctx: RoutingContext, keys: Tensor, places: Places, segment: int, cluster: int, first: Tensor | None
-    ) -> Level:
-        """``keys``: by place, float32 ``[B, Hkv, M, D]``."""
-        return Level.of(ctx, places, self._cluster(keys, places.starts, segment, cluster), first)
-
-    def _cluster(self, keys: Tensor, starts: Tensor, segment: int, cluster: int) -> ClustersOfKeys:
-        count, capacity = self._pieces(segment, cluster)
-        coarse = max(0, self.iterations - _LAST_STEPS)
-        return cluster_keys(keys, starts, segment, count, iterations=self.iterations, coarse=coarse, capacity=capacity)
-
-    def _pieces(self, segment: int, cluster: int) -> tuple[int, int]:
-        """How many centroids a segment has, and the most keys of a cluster: the best one must always fit."""
-        return max(1, round(segment / cluster)), min(2 * cluster, self.keys)
-
-    # -- decoding: segments are clustered when they are full ----------------------------------------------------------
-
-    def init_state(self, ctx: RoutingContext) -> KeptSegments:
-        levels = [
-            (segment, cluster_slots(segment, *self._pieces(segment, cluster))) for segment, cluster in self.levels
-        ]
-        return KeptSegments(ctx, levels, self.layer.head_dim, variances=True)
-
-    def append(self, state: KeptSegments, ctx: RoutingContext) -> KeptSegments:
-        def cluster(level: int, keys: Tensor) -> ClustersOfKeys:
-            segment, keys_per_cluster = self.levels[level]
-            starts = torch.arange(0, keys.shape[2], segment, dtype=torch.int32, device=keys.device)[None]
-            return self._cluster(keys, starts, segment, keys_per_cluster)
-
-        state.append(ctx, cluster)
-        return state
-
-    def crop(self, state: KeptSegments, length: int) -> KeptSegments:
-        state.crop(length)
-        return state
-
-    def reorder(self, state: KeptSegments, index: Tensor) -> KeptSegments:
-        state.reorder(index)
-        return state
 
 
 def _checked_levels(levels: object) -> list[tuple[int, int]]:

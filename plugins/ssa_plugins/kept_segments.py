@@ -12,8 +12,9 @@ from torch import Tensor
 from ssa_framework.plugin import Clusters, KeptClusters, Proposal, Ranges, RoutingContext, Spans, Summaries
 from ssa_plugins.segments import Attend
 
-Cluster = Callable[[int, Tensor], Clusters]
-"""Clusters of the segments of a level, whose keys ``[B, Hkv, n * segment, D]`` stand side by side."""
+Cluster = Callable[[int, Tensor, Tensor], Clusters]
+"""Clusters of the segments of a level, from their keys, float32 ``[B, Hkv, M, D]``, and where they begin, int32
+``[1, F]``."""
 
 
 class KeptSegments:
@@ -75,13 +76,13 @@ class KeptSegments:
             return
         length = self.levels[level][0]
         begin, end = first * length, last * length
+        starts = torch.arange(0, end - begin, length, dtype=torch.int32, device=ctx.device)[None]
         if element is None or self.places is None:
-            keys = ctx.shared_k[:, :, begin:end]
-            made = cluster(level, keys)
+            made = cluster(level, ctx.shared_k[:, :, begin:end].float(), starts)
             self.clusters.add(level, first, replace(made, order=made.order + begin))
         else:
             places = self.places[element, begin:end]
-            made = cluster(level, ctx.shared_k[element : element + 1, :, places.long()])
+            made = cluster(level, ctx.shared_k[element : element + 1, :, places.long()].float(), starts)
             self.clusters.add(level, first, replace(made, order=places[made.order.long()]), element)
 
     def crop(self, length: int) -> None:
@@ -107,15 +108,18 @@ class KeptSegments:
     # -- queries -------------------------------------------------------------------------------------------------
 
     def propose(
-        self, ctx: RoutingContext, q: Tensor, *, keys: int, about: int, spread: float, attend: Attend, summaries: bool
+        self, ctx: RoutingContext, q: Tensor, *, keys: int, most: int, spread: float, attend: Attend, summaries: bool
     ) -> list[Proposal]:
-        """What `ssa_plugins.segments.propose` would say of all keys; ``q``, ``keys``, ``about`` and ``spread`` as in
-        `Opened.best`."""
+        """The own keys of every query, the clusters that it opens, and summaries of the others.
+
+        Args:
+            q, keys, most, spread: as in `ssa_plugins.segments.Opened.best`.
+            attend: to ``"all"`` of these keys, or to the best.
+        """
         end, own, first, stop = self._seen(ctx)
         proposals: list[Proposal] = [self._own(own, end, attend)]
         if max(self.counts) < self.levels[0][0]:
             return proposals
-        most = max(1, -(-2 * keys // about))
         opened, low, high = self.clusters.rank(q, first, stop, keys, most, spread)
         begin, close = opened.start[:, :, :, None], opened.end[:, :, :, None]
         proposals.append(Ranges(self.clusters.order, begin, close, attend=attend))

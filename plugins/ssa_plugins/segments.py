@@ -1,34 +1,18 @@
-"""Keys by document, cut into segments: what sources that route by segments share."""
+"""Keys by document, cut into segments, and the clusters of segments that queries open."""
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ssa_framework.plugin import (
-    Clusters,
-    ConfigError,
-    Proposal,
-    Ranges,
-    RoutingContext,
-    Spans,
-    Summaries,
-    rank_clusters,
-)
+from ssa_framework.plugin import Clusters, Proposal, Ranges, RoutingContext, Spans, Summaries, rank_clusters
 
 Attend = Literal["topk", "all"]
-
-
-def check_attend(source: str, attend: str) -> Attend:
-    """Raises `ConfigError`."""
-    for known in get_args(Attend):
-        if attend == known:
-            return known
-    raise ConfigError(f"{source}: attend must be 'topk' or 'all', got {attend!r}")
+"""What of the keys that a query looks at is attended."""
 
 
 @dataclass(frozen=True)
@@ -185,13 +169,12 @@ class Opened:
 
     @classmethod
     def best(
-        cls, ctx: RoutingContext, q: Tensor, levels: list[Level], *, keys: int, about: int, spread: float = 0.0
+        cls, ctx: RoutingContext, q: Tensor, levels: list[Level], *, keys: int, most: int, spread: float
     ) -> Opened:
-        """The clusters whose centroids fit each query best, up to ``keys`` keys.
+        """The clusters whose centroids fit each query best, up to ``keys`` keys and ``most`` clusters.
 
         Args:
             q: what is compared with the centroids, ``[B, G, N, ..]``.
-            about: usual size of the smallest clusters.
             spread: what the variances of clusters count, as in `rank_clusters`.
         """
         numbers = [0, *itertools.accumulate(level.clusters.size.shape[2] for level in levels)]
@@ -207,8 +190,6 @@ class Opened:
         first = torch.stack([level.first + at for level, at in zip(levels, numbers, strict=False)], dim=-1)
         stop = torch.stack([level.stop + at for level, at in zip(levels, numbers, strict=False)], dim=-1)
         first = torch.minimum(first, stop)
-        # half the usual size on average would be uncommonly small
-        most = max(1, -(-2 * keys // about))
         opened = rank_clusters(q, clusters, (first, stop), keys, most, spread)
         return cls(levels, clusters.order, opened.numbers, opened.start, opened.end, first, stop)
 
@@ -244,17 +225,6 @@ def _segments_of_documents(rank: Tensor, count: int, keys: int, length: int, seg
     before = after - full
     starts = first.gather(1, document) + (number - before.gather(1, document)) * length
     return torch.where(inside, starts, -1).int(), before
-
-
-def propose(
-    ctx: RoutingContext, places: Places, opened: Opened | None, *, attend: Attend, summaries: bool
-) -> list[Proposal]:
-    """The own keys of every query and those of the clusters that it opened, and summaries of the others."""
-    proposals: list[Proposal] = []
-    proposals += places.whole(ctx, opened) if attend == "all" else [places.best_of(ctx, opened)]
-    if summaries and opened is not None:
-        proposals.append(opened.summaries(ctx.num_keys))
-    return proposals
 
 
 def take(x: Tensor, order: Tensor) -> Tensor:

@@ -85,6 +85,7 @@ class LSH(NeighborSource):
         self.limit = math.ceil(2 * self.per_bucket) if limit is None else limit
         self.hash: HashName = hash
         self.max_planes = min(max_planes, most_bits(hash, layer.head_dim))
+        self._kept: tuple[tuple[object, ...], HashLevels] | None = None
         generator = torch.Generator().manual_seed(layer.seed if seed is None else seed)
         self.register_buffer("planes", directions(hash, rounds, self.max_planes, layer.head_dim, generator))
 
@@ -112,6 +113,17 @@ class LSH(NeighborSource):
         return torch.where(choice < 1, -1, bits)
 
     def _levels(self, ctx: RoutingContext) -> HashLevels:
+        """Numbers of planes, which follow from lengths alone where there is neither padding nor packing: made once."""
+        offset = ctx.mask.offset
+        if ctx.key_keep is not None or ctx.segments is not None or offset is None or _is_recorded(ctx.device):
+            return self._new_levels(ctx)
+        lengths = (offset, ctx.num_queries, ctx.num_keys, ctx.causal, ctx.device)
+        kept = self._kept
+        if kept is None or kept[0] != lengths:  # another thread may replace what is kept at any moment
+            kept = self._kept = lengths, self._new_levels(ctx)
+        return kept[1]
+
+    def _new_levels(self, ctx: RoutingContext) -> HashLevels:
         # Queries that use different numbers of planes need different orders. An order holds only the keys that its
         # queries may see, and those double with every plane, so that all orders together hold about 2 M keys.
         first, last = ctx.span
@@ -155,6 +167,13 @@ class LSH(NeighborSource):
         # a key stands in the orders for at least the bits of its own position; log2 may be rounded either way
         reach = (self.per_bucket * 2 ** (bits + 0.5) + 1 for bits in range(most))
         return sum(min(keys, max(math.ceil(r), self.layer.num_neighbors)) for r in reach) + keys
+
+
+def _is_recorded(device: torch.device) -> bool:
+    """Whether calls are recorded for later, so that nothing they make may be kept."""
+    if torch.compiler.is_compiling():
+        return True
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _check(name: str, value: object, low: int, high: int) -> None:

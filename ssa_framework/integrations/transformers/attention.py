@@ -8,10 +8,13 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ssa_framework.config import SSAConfig
+from ssa_framework.decoding import attend_last
 from ssa_framework.errors import ConfigError, MaskError
+from ssa_framework.integrations.transformers.cached_layer import SparseCacheLayer, adopt, find_layer
 from ssa_framework.integrations.transformers.compact_mask import CompactMask, mask_of_shapes
 from ssa_framework.ops.neighbor_attention import neighbor_attention
 from ssa_framework.ops.neighbor_attention.api import check_tensors
@@ -22,11 +25,15 @@ IMPLEMENTATION = "ssa_framework"
 """The name under which transformers knows this attention."""
 
 DECODE_QUERIES = 16
-"""Most new tokens behind cached keys that count as a decode step (one; several in assisted decoding)."""
+"""Most new tokens behind cached keys that ``decode="dense"`` takes for a decode step (one; several in assisted
+decoding)."""
 
-Decode = Literal["dense", "rebuild"]
+Decode = Literal["sparse", "dense", "rebuild"]
 
 _LAYER = "_ssa_layer"
+_CACHE = "ssa_cache"
+"""The option by which a module gets its cache through to `sparse_attention_forward`."""
+_CACHE_PARAMETERS = ("past_key_values", "layer_past")
 _REFUSED = {
     "softcap": "soft-capping of the scores",
     "s_aux": "attention sinks (an extra logit per head)",
@@ -54,6 +61,7 @@ class SparseLayer:
         self.config = config
         self.decode = decode
         self.registry = registry
+        self.hook: RemovableHandle | None = None
         self._routers: dict[tuple[int, int, int, bool, torch.device], Router] = {}
 
     def router(self, heads: int, kv_heads: int, head_dim: int, causal: bool, device: torch.device) -> Router:
@@ -91,45 +99,81 @@ class SparseLayer:
         return self.decode == "dense" and mask.causal and mask.offset > 0 and mask.queries <= DECODE_QUERIES
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: CompactMask, *, scale: float | None, dropout_p: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: CompactMask,
+        cached: SparseCacheLayer | None,
+        *,
+        scale: float | None,
+        dropout_p: float,
     ) -> Tensor:
-        """Route and attend: ``q [B, H, N, D]``, ``k [B, Hkv, M, D]``, ``v [B, Hkv, M, Dv]`` → ``[B, H, N, Dv]``."""
+        """Route and attend: ``q [B, H, N, D]``, ``k [B, Hkv, M, D]``, ``v [B, Hkv, M, Dv]`` → ``[B, H, N, Dv]``.
+
+        Args:
+            cached: what holds the keys and the index states; ``None``: every source starts anew.
+        """
         if torch.is_autocast_enabled(q.device.type):
             dtype = torch.get_autocast_dtype(q.device.type)
             q, k, v = (x.to(dtype) if x.dtype == torch.float32 else x for x in (q, k, v))
         check_tensors(q, k, v)
         router = self.router(q.shape[1], k.shape[1], q.shape[3], mask.causal, q.device)
+        pieces = mask.pieces(q.device)
+        states = [None] * len(pieces) if cached is None else cached.states(router, pieces, k.shape[2])
+        options: dict[str, Any] = {
+            "scale": scale,
+            "dropout_p": dropout_p,
+            "fp32_weights": self.config.fp32_attn_weights,
+        }
         outs = []
-        for piece in mask.pieces(q.device):
-            q_piece = q[piece.rows, :, piece.first_query :]
-            k_piece, v_piece = (x[piece.rows, :, piece.first_key :] for x in (k, v))
-            graph = router(q_piece, k_piece, piece.mask)
-            out, _ = neighbor_attention(
-                q_piece,
-                k_piece,
-                v_piece,
-                graph,
-                scale=scale,
-                dropout_p=dropout_p,
-                fp32_weights=self.config.fp32_attn_weights,
-                backend=self.config.backend,
-                dense=self.config.dense_below != 0,
-            )
-            outs.append(F.pad(out, (0, 0, piece.first_query, 0)))
+        for piece, held in zip(pieces, states, strict=True):
+            q_piece, k_piece, v_piece = q, k, v
+            if piece.rows != slice(0, q.shape[0]) or piece.first_key:
+                q_piece = q[piece.rows, :, piece.first_query :]
+                k_piece, v_piece = (x[piece.rows, :, piece.first_key :] for x in (k, v))
+            if held is not None:
+                out, _ = attend_last(router, held, q_piece, k_piece, v_piece, key_keep=piece.mask.key_keep, **options)
+            else:
+                out, _ = neighbor_attention(
+                    q_piece,
+                    k_piece,
+                    v_piece,
+                    router(q_piece, k_piece, piece.mask),
+                    backend=self.config.backend,
+                    dense=self.config.dense_below != 0,
+                    **options,
+                )
+            outs.append(F.pad(out, (0, 0, piece.first_query, 0)) if piece.first_query else out)
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 def attach(module: nn.Module, layer: SparseLayer) -> None:
     setattr(module, _LAYER, layer)
+    if layer.decode == "sparse":
+        layer.hook = module.register_forward_pre_hook(_hand_cache_on, with_kwargs=True)
 
 
 def detach(module: nn.Module) -> None:
+    layer = attached(module)
+    if layer is not None and layer.hook is not None:
+        layer.hook.remove()
     delattr(module, _LAYER)
 
 
 def attached(module: nn.Module) -> SparseLayer | None:
     layer: SparseLayer | None = getattr(module, _LAYER, None)
     return layer
+
+
+def _hand_cache_on(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Before a module attends: let its cache hold index states, and hand it on to the attention function."""
+    cache = next((kwargs[name] for name in _CACHE_PARAMETERS if kwargs.get(name) is not None), None)
+    if cache is None:
+        return None
+    return args, {**kwargs, _CACHE: adopt(cache, getattr(module, "layer_idx", None))}
 
 
 def sparse_attention_forward(
@@ -161,6 +205,7 @@ def sparse_attention_forward(
         ConfigError: the model asks for something that neither path computes, by name.
         MaskError: a mask that sparse layers can't serve.
     """
+    cache = options.pop(_CACHE, None)
     _refuse(module, options)
     layer = attached(module)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -183,8 +228,32 @@ def sparse_attention_forward(
         return out, None
     if mask.unknown is not None:
         raise MaskError(f"{layer.name} got {mask.unknown}, which only dense layers can serve; leave this model dense")
-    out = layer.attend(query, key, value, mask, scale=scaling, dropout_p=dropout)
+    cached = None if cache is None else _cached(layer, module, cache, mask, (query, key, value))
+    out = layer.attend(query, key, value, mask, cached, scale=scaling, dropout_p=dropout)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _cached(
+    layer: SparseLayer, module: nn.Module, cache: Any, mask: CompactMask, tensors: tuple[Tensor, Tensor, Tensor]
+) -> SparseCacheLayer | None:
+    """What holds the keys of this call; ``None`` where no state can be kept of them: gradients, which a graph of the
+    whole sequence needs, or queries that are not its last tokens.
+
+    Raises:
+        ConfigError: the cache is of a kind that can't hold index states.
+    """
+    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if tracked or not mask.causal or mask.segments is not None or mask.offset + mask.queries != mask.keys:
+        return None
+    found = find_layer(cache, getattr(module, "layer_idx", None), tensors[1])
+    if found is None:
+        kind = "an offloaded cache" if getattr(cache, "offloading", False) else type(cache).__name__
+        raise ConfigError(
+            f"{layer.name} got keys of {kind}, beside which decode='sparse' can't keep index states; use a "
+            f"DynamicCache, as generate() does if cache_implementation is left out, or "
+            f"use_sparse_attention(..., decode='dense')"
+        )
+    return found
 
 
 def _refuse(module: nn.Module, options: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ class AttentionModule:
         """Whether the layer attends a sliding window or a chunk."""
         layer_types = getattr(self.config, "layer_types", None)
         if layer_types is not None and self.index < len(layer_types):
-            return bool(layer_types[self.index] != "full_attention")
+            return layer_types[self.index] not in ("full_attention", "hybrid")
         return getattr(self.config, "sliding_window", None) is not None
 
     @property

@@ -90,7 +90,7 @@ def use_sparse_attention(
     *,
     dense_layers: Iterable[int] = (0,),
     layers: Mapping[int, Choice] | None = None,
-    decode: Decode = "dense",
+    decode: Decode = "sparse",
     registry: SourceRegistry | None = None,
 ) -> SparseAttentionHandle:
     """Let the self-attention of a transformers model attend to neighbor graphs, on the weights that it has.
@@ -105,8 +105,9 @@ def use_sparse_attention(
         dense_layers: indices of layers that stay dense; negative ones count from the end.
         layers: for single layers, another configuration, or ``"dense"``; wins over ``dense_layers``. In a model with
             an encoder and a decoder, index i is layer i of both.
-        decode: what is done with up to 16 new tokens behind cached keys. ``"dense"``: they attend all keys.
-            ``"rebuild"``: they are routed among all cached keys, for which every source starts anew.
+        decode: how new tokens behind cached keys attend. ``"sparse"``: as in a prompt of the same tokens; what the
+            sources keep of the keys stays beside them in the cache. ``"dense"``: up to 16 of them attend all keys.
+            ``"rebuild"``: as ``"sparse"``, but every source starts anew in each step, whatever cache there is.
         registry: where source names are looked up.
 
     Returns:
