@@ -1,11 +1,12 @@
 """Quality of routing against keys looked at and time, on queries and keys of a model of yours.
 
-Takes a folder of files `*.pt`, one per layer, each `{"q": [H, N, D], "k": [Hkv, N, D], "v": [Hkv, N, D], "scale":
-float}` after the rotary embedding. Causal; the first 4 tokens are always attended, and a window of 16 by all but the
-presets, which have none. Quality is that of a sample of queries; those before position 2,048 are left out, they have
-little to choose from. Time is that of all queries of the middle layer, routing and attention together, as a ratio to
-torch's dense attention, measured in turns (above 1 = faster than dense). Writes one CSV row per setting, means over
-layers, and a picture of error against keys and against time.
+Takes a folder of captured layers, as `ssa compare MODEL --save FOLDER` and `save_layer` write them, or files `*.pt`,
+one per layer, each `{"q": [H, N, D], "k": [Hkv, N, D], "v": [Hkv, N, D], "scale": float}` after the rotary embedding.
+The first 4 tokens are always attended, and a window of 16 by all but the presets, which have none. Quality is that of a
+sample of queries; those before position 2,048 are left out, they have little to choose from. Time is that of all
+queries of the middle layer, routing and attention together, as a ratio to torch's dense attention, measured in turns
+(above 1 = faster than dense). Writes one CSV row per setting, means over layers, and a picture of error against keys
+and against time.
 
     python benchmarks/routing_quality.py TENSORS --out benchmarks/results/routing_quality.csv
 """
@@ -13,29 +14,26 @@ layers, and a picture of error against keys and against time.
 from __future__ import annotations
 
 import csv
-import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 import typer
 from matplotlib.figure import Figure
 from recall import commit
 from rich.console import Console
-from rich.progress import Progress, track
+from rich.progress import Progress
 from rich.table import Table
 
 import ssa_framework
-from ssa_framework import SSAConfig, build_graph, sparse_attention
+from ssa_framework import SSAConfig
+from ssa_framework.laboratory.capture import load_layers
+from ssa_framework.laboratory.compare import Comparison, MixResult, compare, stages
 from ssa_framework.presets import PRESETS
-from ssa_framework.quality import measure
-from ssa_framework.quality.timing import time_alternating
 
 FIRST_QUERY, WINDOW, TOKENS = 2048, 16, 4
-ROUNDS = 3
 COLUMNS = [
     "source", "options", "neighbors", "keys_scored", "keys_attended", "summaries", "recall_at_32",
     "recall_beyond_window", "attention_mass", "output_error", "output_error_p95", "times_dense", "sparse_ms",
@@ -93,65 +91,29 @@ SETTINGS: list[Setting] = [
 ]
 
 
-def time_all(layer: dict[str, Any]) -> list[dict[str, Any]]:
-    """Time of every setting against dense attention, all queries of one layer, all contestants in turns."""
-    q, k, v = (layer[name][None].float() for name in "qkv")
-    options = {"is_causal": True, "enable_gqa": True, "scale": layer["scale"]}
-    contestants = {
-        str(i): functools.partial(sparse_attention, q, k, v, config=setting.config, **options)
-        for i, setting in enumerate(SETTINGS)
-    }
-    contestants["dense"] = functools.partial(F.scaled_dot_product_attention, q, k, v, **options)
-    total = len(contestants) * (1 + ROUNDS)
-    with Progress() as progress:
-        task = progress.add_task("timing", total=total)
-        times = time_alternating(
-            contestants, min_rounds=ROUNDS, max_rounds=ROUNDS, on_call=lambda _: progress.advance(task)
-        )
-        progress.update(task, completed=total)
-    dense = times["dense"].median
-    return [
-        {
-            "times_dense": f"{dense / times[str(i)].median:.2f}",
-            "sparse_ms": f"{1e3 * times[str(i)].median:.0f}",
-            "dense_ms": f"{1e3 * dense:.0f}",
-            "threads": torch.get_num_threads(),
-        }
-        for i in range(len(SETTINGS))
-    ]
-
-
-def evaluate(setting: Setting, layers: list[dict[str, Any]], sample: int) -> dict[str, Any]:
-    """Means over layers; queries are a seeded sample, the same for every setting."""
-    reports, scored = [], []
-    for layer in layers:
-        q, k, v = (layer[name][None].float() for name in "qkv")
-        length = k.shape[2]
-        generator = torch.Generator().manual_seed(0)
-        rows = (torch.randperm(length - FIRST_QUERY, generator=generator)[:sample] + FIRST_QUERY).sort().values
-        query = q[:, :, rows]
-        graph = build_graph(query, k, config=setting.config, is_causal=True, query_positions=rows)
-        reports.append(measure(query, k, v, graph, sample=sample, scale=layer["scale"]))
-        scored.append(sum(graph.keys_scored().values()))
-
-    def mean(values: list[float], digits: int = 4) -> str:
-        return f"{sum(values) / len(values):.{digits}f}"
-
+def row(setting: Setting, result: MixResult, comparison: Comparison) -> dict[str, Any]:
+    quality, times = result.quality, result.times
+    if times is None:
+        raise SystemExit(f"{setting.source} {setting.options}: {result.message}")
     return {
         "source": setting.source,
         "options": json.dumps(setting.options),
         "neighbors": setting.neighbors,
-        "keys_scored": mean(scored, 0),
-        "keys_attended": mean([r.degree for r in reports], 0),
-        "summaries": mean([r.summaries for r in reports], 0),
-        "recall_at_32": mean([r.recall for r in reports]),
-        "recall_beyond_window": mean([r.recall_beyond or 0.0 for r in reports]),
-        "attention_mass": mean([r.attention_mass for r in reports]),
-        "output_error": mean([r.output_error_total for r in reports]),
-        "output_error_p95": mean([r.output_error_p95 for r in reports]),
-        "layers": len(layers),
-        "length": length,
-        "queries": len(rows),
+        "keys_scored": f"{quality.keys_scored:.0f}",
+        "keys_attended": f"{quality.keys_attended:.0f}",
+        "summaries": f"{quality.summaries:.0f}",
+        "recall_at_32": f"{quality.recall:.4f}",
+        "recall_beyond_window": f"{quality.recall_beyond or 0.0:.4f}",
+        "attention_mass": f"{quality.attention_mass:.4f}",
+        "output_error": f"{quality.output_error_total:.4f}",
+        "output_error_p95": f"{quality.output_error_p95:.4f}",
+        "times_dense": f"{times.times_dense:.2f}",
+        "sparse_ms": f"{1e3 * times.total:.0f}",
+        "dense_ms": f"{1e3 * times.dense.median:.0f}",
+        "threads": comparison.threads,
+        "layers": len(comparison.layers),
+        "length": comparison.length,
+        "queries": comparison.queries,
         "version": ssa_framework.__version__,
         "commit": commit(),
         "torch": torch.__version__,
@@ -175,17 +137,17 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for source, (label, color, marker) in GROUPS.items():
-        mine = [row for row in rows if row["source"] == source]
-        errors = [float(row["output_error"]) for row in mine]
+        mine = [r for r in rows if r["source"] == source]
+        errors = [float(r["output_error"]) for r in mine]
         looked = [max(int(r["keys_scored"]), int(r["keys_attended"])) + int(r["summaries"]) for r in mine]
-        times = [1.0 / float(row["times_dense"]) for row in mine]
+        times = [1.0 / float(r["times_dense"]) for r in mine]
         size = 130 if source == "preset" else 32
         for ax, x in zip(axes, (looked, times), strict=True):
             ax.scatter(x, errors, s=size, c=color, marker=marker, label=label, zorder=3 if source == "preset" else 2)
-    for row in rows:
-        if row["source"] == "preset":
-            at = 1.0 / float(row["times_dense"]), float(row["output_error"])
-            axes[1].annotate(json.loads(row["options"])["name"], at, xytext=(8, 4), textcoords="offset points")
+    for r in rows:
+        if r["source"] == "preset":
+            at = 1.0 / float(r["times_dense"]), float(r["output_error"])
+            axes[1].annotate(json.loads(r["options"])["name"], at, xytext=(8, 4), textcoords="offset points")
     axes[0].set_xlabel("keys scored or attended, and summaries, per query")
     axes[1].set_xlabel("time / time of dense attention")
     axes[1].axvline(1.0, color="0.6", linewidth=1)
@@ -207,12 +169,22 @@ def main(
 ) -> None:
     """Measure settings of all sources on captured queries and keys."""
     torch.set_num_threads(threads)
-    layers = [torch.load(path, weights_only=True) for path in sorted(tensors.glob("*.pt"))]
-    if not layers:
-        raise typer.BadParameter(f"no *.pt files in {tensors}")
-    rows = [evaluate(setting, layers, sample) for setting in track(SETTINGS, "measuring")]
-    for row, times in zip(rows, time_all(layers[len(layers) // 2]), strict=True):
-        row.update(times)
+    layers = list(load_layers(tensors))
+    mixes = {str(i): setting.config for i, setting in enumerate(SETTINGS)}
+    with Progress() as progress:
+        task = progress.add_task("measuring", total=stages(len(layers), len(mixes), timed=True))
+        comparison = compare(
+            layers,
+            mixes,
+            queries=sample,
+            first_query=FIRST_QUERY,
+            exact_at=(),
+            seconds=0.0,
+            on_stage=lambda _: progress.advance(task),
+        )
+    if not comparison.complete:
+        raise typer.Exit(130)
+    rows = [row(setting, result, comparison) for setting, result in zip(SETTINGS, comparison.mixes, strict=True)]
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -220,9 +192,9 @@ def main(
         writer.writerows(rows)
     plot(rows, picture or out.with_suffix(".png"))
     table = Table(*COLUMNS[:12])
-    for row in rows:
-        options = ", ".join(f"{name}={value}" for name, value in json.loads(row["options"]).items())
-        table.add_row(row["source"], options, *(str(row[name]) for name in COLUMNS[2:12]))
+    for r in rows:
+        options = ", ".join(f"{name}={value}" for name, value in json.loads(r["options"]).items())
+        table.add_row(r["source"], options, *(str(r[name]) for name in COLUMNS[2:12]))
     Console(width=190).print(table)
     print(f"written: {out}")
 

@@ -117,6 +117,7 @@ def gpu() -> str:
             f"`{r['mix']}`",
             f"{r['heads']}/{r['kv_heads']} × {r['head_dim']}",
             r["mode"].replace("+", " + "),
+            "replay" if r["captured"] == "True" else "call",
             f"{int(r['length']):,}",
             number(r["dense_ms"]),
             number(r["sparse_ms"]),
@@ -126,20 +127,20 @@ def gpu() -> str:
             f"{float(r['dense_peak_mib']):,.0f} / {float(r['sparse_peak_mib']):,.0f}",
         ]
 
-    head = ["mix", "heads", "pass", "N", "dense, ms", "sparse, ms", "of it routing, ms", "dense / sparse"]
+    head = ["mix", "heads", "pass", "timed", "N", "dense, ms", "sparse, ms", "of it routing, ms", "dense / sparse"]
     return table([*head, "keys scored", "peak MiB, dense / sparse"], map(line, rows("gpu.csv")))
 
 
 def gpu_summary() -> str:
-    default = [r for r in rows("gpu.csv") if r["mix"] == "seed"]
-    found = {(r["heads"], r["kv_heads"], r["head_dim"], r["mode"], int(r["length"])): r for r in default}
-    lengths = sorted({key[4] for key in found})
-    kinds = dict.fromkeys(key[:4] for key in found)
+    captured = [r for r in rows("gpu.csv") if r["captured"] == "True"]
+    found = {(r["mix"], r["heads"], r["kv_heads"], r["head_dim"], r["mode"], int(r["length"])): r for r in captured}
+    lengths = sorted({key[5] for key in found})
+    kinds = dict.fromkeys(key[:5] for key in found)
 
     def line(kind: tuple[str, ...]) -> list[str]:
-        heads, kv_heads, dim, mode = kind
+        mix, heads, kv_heads, dim, mode = kind
         ratios = (number(found[*kind, n]["ratio"]) if (*kind, n) in found else "–" for n in lengths)
-        return [f"{mode.replace('+', ' + ')}, {heads}/{kv_heads} heads × {dim}", *ratios]
+        return [f"`{mix}`, {mode.replace('+', ' + ')}, {heads}/{kv_heads} heads × {dim}", *ratios]
 
     return table(["dense time / sparse time", *(f"N = {n:,}" for n in lengths)], map(line, kinds))
 

@@ -68,6 +68,36 @@ print(json.dumps({
 }))
 """
 
+PROBE_LABORATORY = """
+import json
+import torch
+from typer.testing import CliRunner
+from ssa_framework import SSAConfig
+from ssa_framework.cli.main import app
+from ssa_framework.laboratory.capture import synthetic_layer
+from ssa_framework.laboratory.compare import compare
+from ssa_framework.laboratory.inspect import inspect_layer
+
+layer = synthetic_layer("clustered", length=65, heads=4, kv_heads=2, head_dim=16)
+mixes = {
+    name: SSAConfig(num_neighbors=24, sources={name: {"size": 5}, "lsh": {"rounds": 1, "candidates": 4}})
+    for name in ("window", "outside_window")
+}
+looked_at = inspect_layer(layer.q, layer.k, layer.v, mixes, queries=65).as_dict()["mixes"]
+for name, mix in looked_at.items():
+    mix["sources"] = {"the window": mix["sources"].pop(name), **mix["sources"]}
+compared = compare([layer], mixes, queries=65, seconds=0.0).mixes
+arguments = ["--mix", 'mine={"outside_window": {"size": 5}}', "--queries", "8", "--no-time", "--out", "out"]
+run = CliRunner().invoke(app, ["compare", "gaussian", "-n", "65", *arguments])
+print(json.dumps({
+    "inspected": looked_at,
+    "quality": {mix.name: vars(mix.quality) for mix in compared},
+    "timed": all(mix.times is not None for mix in compared),
+    "exit_code": run.exit_code,
+    "page": open("out/index.html", encoding="utf-8").read(),
+}))
+"""
+
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -154,3 +184,13 @@ def test_graph_and_attention_equal_the_built_in_window_bit_for_bit(installed: Pa
     assert results["alone"]["edges"] == heads_and_batch * (65 * 11 - 30)
     assert results["alone, causal"]["edges"] == heads_and_batch * (65 * 6 - 15)
     assert results["beside other sources, causal"]["edges"] > results["alone, causal"]["edges"]
+
+
+def test_it_appears_in_the_laboratory_as_the_built_in_does(installed: Path, tmp_path: Path) -> None:
+    found = probe(PROBE_LABORATORY, installed, tmp_path, allowed="ssa-outside-example")
+    assert found["inspected"]["outside_window"] == found["inspected"]["window"]
+    assert max(found["inspected"]["outside_window"]["sources"]["the window"]["only_mass"]) > 0
+    assert found["quality"]["outside_window"] == found["quality"]["window"]
+    assert found["timed"]
+    assert found["exit_code"] == 0
+    assert "outside_window" in found["page"]

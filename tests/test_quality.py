@@ -23,7 +23,7 @@ from ssa_framework.quality import (
     peak_memory,
     time_alternating,
 )
-from ssa_framework.quality import measure as measure_function
+from ssa_framework.quality import rows as rows_module
 from ssa_framework.quality.sample import sample_rows
 
 WINDOW_AND_TOPK = {"self": {}, "window": {"size": 2}, "global": {"tokens": 1}, "topk": {}}
@@ -273,7 +273,8 @@ def test_chunks_change_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
     q, k, v = tensors(2, 4, 2, 21, 21)
     graph = build_graph(q, k, config=SSAConfig(num_neighbors=12, sources=WINDOW_AND_TOPK), **MASKS[kind])
     whole = measure(q, k, v, graph, recall_at=5).to_dict()
-    monkeypatch.setitem(measure_function.__globals__, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(rows_module, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(rows_module, "_GATHERED_ELEMENTS", 1)
     pieces = measure(q, k, v, graph, recall_at=5).to_dict()
     assert list(pieces) == list(whole)
     for name, value in whole.items():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -12,14 +10,15 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.text import Text
 
 import ssa_framework
 from ssa_framework.cli import sources as sources_command
 from ssa_framework.cli.bench import bench
+from ssa_framework.cli.compare import compare
 from ssa_framework.cli.demo.run import run_demo
 from ssa_framework.cli.demo.settings import LENGTHS, Settings
-from ssa_framework.errors import SSAError
+from ssa_framework.cli.errors import one_line_errors
+from ssa_framework.cli.inspect import inspect
 from ssa_framework.registry import SourceRegistry
 
 QUICK = Settings(
@@ -41,17 +40,6 @@ app = typer.Typer(
     help="Sparse attention by graph routing: neighbor sources propose keys, the router builds one neighbor graph, the "
     "engine attends to that graph only.\n\nStart with [bold]ssa demo[/].",
 )
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """What the user can do something about is one line on stderr, not a traceback."""
-    try:
-        yield
-    except (SSAError, OSError) as error:
-        message = Text.assemble(("error: ", "bold red"), str(error))
-        Console(stderr=True).print(message, soft_wrap=True)
-        raise typer.Exit(1) from error
 
 
 def _show_version(value: bool) -> None:
@@ -99,7 +87,7 @@ def demo(
         settings = replace(settings, steps=steps)
     if max_length is not None:
         settings = replace(settings, lengths=_doubling(settings.lengths[0], max_length))
-    with _one_line_errors():
+    with one_line_errors():
         run_demo(settings, out, Console())
 
 
@@ -123,7 +111,7 @@ def sources(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """List every registered source with its origin and options, and what was not loaded."""
-    with _one_line_errors():
+    with one_line_errors():
         registry = SourceRegistry(None if plugins is None else plugins.split(","))
         description = sources_command.describe(registry)
     if as_json:
@@ -133,3 +121,5 @@ def sources(
 
 
 app.command("bench")(bench)
+app.command("inspect")(inspect)
+app.command("compare")(compare)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,13 +12,20 @@ from torch import Tensor
 
 from ssa_framework.errors import ConfigError
 from ssa_framework.graph import NeighborGraph
-from ssa_framework.ops.key_lists import in_band
 from ssa_framework.ops.neighbor_attention.api import check_graph, check_tensors
-from ssa_framework.ops.summarize_keys import summarize_keys
+from ssa_framework.quality.rows import (
+    BestKeys,
+    DenseRows,
+    KeptRows,
+    SummaryMeans,
+    covered_keys,
+    in_fixed_part,
+    row_chunks,
+)
 from ssa_framework.quality.sample import pick_queries, sample_rows
 
-_CHUNK_ELEMENTS = 2**22
-"""Scores of one chunk of queries, over batch, heads and keys; a handful of tensors of that size live at a time."""
+Name = TypeVar("Name", bound=Hashable)
+"""What graphs are called."""
 
 
 @dataclass(frozen=True)
@@ -118,17 +125,48 @@ def measure(
         ShapeError, DtypeError: tensors that do not fit together. GraphError: a graph that does not fit them.
         ConfigError: ``recall_at`` or ``sample`` below 1.
     """
+    return measure_graphs(query, key, value, {"": graph}, recall_at=recall_at, sample=sample, seed=seed, scale=scale)[
+        ""
+    ]
+
+
+@torch.no_grad()
+def measure_graphs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    graphs: Mapping[Name, NeighborGraph],
+    *,
+    recall_at: int = 32,
+    sample: int = 512,
+    seed: int = 0,
+    scale: float | None = None,
+) -> dict[Name, QualityReport]:
+    """`measure` for several graphs of the same queries and keys; dense attention is computed once for all of them.
+
+    Args:
+        graphs: by name, built for these shapes and with the same masks, which only the first is asked for.
+
+    Raises:
+        ShapeError, DtypeError, GraphError, ConfigError: as `measure`; or no graph at all.
+    """
     check_tensors(query, key, value)
-    check_graph(query, key, graph)
-    for name, number in (("recall_at", recall_at), ("sample", sample)):
+    if not graphs:
+        raise ConfigError("there is no graph to measure")
+    for graph in graphs.values():
+        check_graph(query, key, graph)
+    for option, number in (("recall_at", recall_at), ("sample", sample)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ConfigError(f"{name} must be an integer >= 1, got {number!r}")
-    rows = sample_rows(graph.num_queries, sample, seed, query.device)
-    tally = _Tally(graph.batch, graph.num_heads)
-    if graph.num_keys and graph.batch:
-        for chunk in _compare(query[:, :, rows], key, value, pick_queries(graph, rows), recall_at, scale):
-            tally.add(chunk)
-    return tally.report(graph, recall_at)
+            raise ConfigError(f"{option} must be an integer >= 1, got {number!r}")
+    batch, heads, queries = query.shape[:3]
+    rows = sample_rows(queries, sample, seed, query.device)
+    tallies = {name: _Tally(batch, heads) for name in graphs}
+    if key.shape[2] and batch:
+        picked = {name: pick_queries(graph, rows) for name, graph in graphs.items()}
+        for chunks in _compare(query[:, :, rows], key, value, picked, recall_at, scale):
+            for name, chunk in chunks.items():
+                tallies[name].add(chunk)
+    return {name: tally.report(graphs[name], recall_at) for name, tally in tallies.items()}
 
 
 @dataclass(frozen=True)
@@ -149,121 +187,46 @@ class _Chunk:
 
 
 def _compare(
-    query: Tensor, key: Tensor, value: Tensor, graph: NeighborGraph, recall_at: int, scale: float | None
-) -> Iterator[_Chunk]:
-    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    keys, values = key.to(compute), value.to(compute)
-    if graph.mask.key_keep is not None:  # zero weight times a NaN in the padding would still be NaN
-        values = values.masked_fill(~graph.mask.key_keep[:, None, :, None], 0.0)
-    pseudo_keys = pseudo_values = log_weight = None
-    if graph.summaries is not None:
-        some = graph.summaries
-        pseudo_keys, pseudo_values, log_weight = summarize_keys(keys, values, some.members, some.count)
-    step = max(1, _CHUNK_ELEMENTS // (graph.batch * graph.num_heads * graph.num_keys))
-    for start in range(0, graph.num_queries, step):
-        rows = torch.arange(start, min(start + step, graph.num_queries), device=query.device)
-        piece = pick_queries(graph, rows)
-        queries = query[:, :, rows].to(compute).unflatten(1, (key.shape[1], -1))  # [B, Hkv, g, T, D]
-        scores = _scores(queries, keys) * scale
-        summaries = None
-        if pseudo_keys is not None and pseudo_values is not None and log_weight is not None:
-            weight = log_weight.repeat_interleave(graph.num_heads // log_weight.shape[1], dim=1)
-            summaries = _scores(queries, pseudo_keys) * scale + weight[:, :, None], pseudo_values
-        yield _compare_rows(scores, values, summaries, piece, recall_at)
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    graphs: Mapping[Name, NeighborGraph],
+    recall_at: int,
+    scale: float | None,
+) -> Iterator[dict[Name, _Chunk]]:
+    """Chunks of the queries, for each graph."""
+    means = {name: SummaryMeans.of(key, value, graph) for name, graph in graphs.items()}
+    for rows in row_chunks(query, key):
+        queries = query[:, :, rows]
+        pieces = {name: pick_queries(graph, rows) for name, graph in graphs.items()}
+        dense = DenseRows.of(queries, key, value, next(iter(pieces.values())).mask, scale)
+        best = dense.best(recall_at)
+        chunks = {}
+        for name, piece in pieces.items():
+            mean = means[name]
+            kept = dense.keep_graph(piece, None if mean is None else mean.rows(queries, scale))
+            chunks[name] = _compare_rows(kept, best, piece, recall_at)
+        yield chunks
 
 
-def _scores(queries: Tensor, keys: Tensor) -> Tensor:
-    """``[B, Hkv, g, T, D]`` by ``[B, Hkv, M, D]`` → ``[B, H, T, M]``."""
-    return (queries.flatten(2, 3) @ keys.transpose(-1, -2)).unflatten(2, queries.shape[2:4]).flatten(1, 2)
-
-
-def _compare_rows(
-    scores: Tensor, values: Tensor, summaries: tuple[Tensor, Tensor] | None, graph: NeighborGraph, recall_at: int
-) -> _Chunk:
-    """``scores [B, H, T, M]``, ``values [B, Hkv, M, Dv]``, both of all summaries too, and the graph of the same T
-    queries."""
-    every_key = torch.arange(graph.num_keys, dtype=torch.int32, device=scores.device)
-    every_key = every_key.expand(graph.batch, 1, scores.shape[2], -1)
-    allowed = graph.mask.structural(every_key)
-    bias = graph.mask.explicit_bias(every_key, graph.num_heads)
-    if bias is not None:
-        allowed = allowed & (bias > float("-inf"))
-        scores = scores + torch.where(allowed, bias, 0.0)
-    allowed = allowed.expand_as(scores)
-    scores = torch.where(allowed, scores, float("-inf"))
-    edges = graph.to_dense_mask()
-    counts = allowed.sum(-1)
-
-    fixed = _covered(every_key, graph)
-    beyond = allowed & ~fixed
-    beyond_scores = torch.where(beyond, scores, float("-inf"))
-    beyond_counts = beyond.sum(-1)
-
-    lse = scores.logsumexp(-1, keepdim=True)
-    weights = torch.where(allowed, (scores - lse).exp(), 0.0)  # lse = -inf only where nothing is allowed
-    kept = torch.where(edges, weights, 0.0)
-    mass = kept.sum(-1)
-    dense = _weighted_values(weights, values)
-    kept_scores, kept_values = torch.where(edges, scores, float("-inf")), values
-    seen = graph.summary_mask()
-    if summaries is not None:
-        of_summaries = torch.where(seen, summaries[0], float("-inf"))
-        kept_scores = torch.cat([kept_scores, of_summaries], dim=-1)
-        kept_values = torch.cat([values, summaries[1]], dim=2)
-    sparse = _weighted_values((kept_scores - _finite_lse(kept_scores)).exp(), kept_values)
-    difference, norm = (sparse - dense).norm(dim=-1), dense.norm(dim=-1)
-    error = torch.where(difference == 0, 0.0, difference / norm)
+def _compare_rows(kept: KeptRows, best: BestKeys, graph: NeighborGraph, recall_at: int) -> _Chunk:
+    """``graph``: of the same queries."""
+    dense = kept.dense
+    beyond = dense.best_outside(covered_keys(graph), recall_at)
+    (error,), (difference,) = kept.errors([None], [True])
     return _Chunk(
-        counts=counts > 0,
-        recall=_recall(scores, edges, counts, recall_at),
-        beyond_counts=beyond_counts > 0,
-        beyond=_recall(beyond_scores, edges & beyond, beyond_counts, recall_at),
-        mass=mass,
+        counts=dense.allowed > 0,
+        recall=kept.recall(best),
+        beyond_counts=beyond.wanted > 0,
+        beyond=kept.recall(beyond, ~in_fixed_part(kept.keys, graph)),
+        mass=kept.mass(),
         error=error,
         error_squared=difference.double().square(),
-        norm_squared=norm.double().square(),
-        degree=edges.sum(-1),
-        summaries=seen.sum(-1),
-        allowed=counts,
+        norm_squared=dense.out.norm(dim=-1).double().square(),
+        degree=kept.degree(),
+        summaries=kept.summaries(),
+        allowed=dense.allowed,
     )
-
-
-def _finite_lse(scores: Tensor) -> Tensor:
-    lse = scores.logsumexp(-1, keepdim=True)
-    return torch.where(lse == float("-inf"), 0.0, lse)  # no neighbor: no weight, rather than NaN
-
-
-def _weighted_values(weights: Tensor, values: Tensor) -> Tensor:
-    """``[B, H, T, M]`` by ``[B, Hkv, M, Dv]`` → ``[B, H, T, Dv]``."""
-    grouped = weights.unflatten(1, (values.shape[1], -1))
-    return (grouped.flatten(2, 3) @ values).unflatten(2, grouped.shape[2:4]).flatten(1, 2)
-
-
-def _covered(keys: Tensor, graph: NeighborGraph) -> Tensor:
-    """Whether band or columns reach each of ``keys [B, 1, T, M]``."""
-    covered = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=keys.device)
-    if graph.band is not None:
-        covered = covered | in_band(keys, graph.mask.positions, graph.band)
-    if graph.columns is not None:
-        covered = covered | torch.isin(keys, graph.columns)
-    return covered
-
-
-def _recall(scores: Tensor, edges: Tensor, counts: Tensor, recall_at: int) -> Tensor:
-    """Share of the best ``min(recall_at, counts)`` keys that are edges, float64 ``[B, H, T]``; 0 where there is none.
-
-    ``scores`` are -inf outside the keys that count, ``edges`` are False there. Ties at the threshold are resolved in
-    favour of the edges: any set of k best keys is as good as another.
-    """
-    wanted = counts.clamp(max=recall_at)
-    best = scores.topk(min(recall_at, scores.shape[-1]), dim=-1).values
-    threshold = best.gather(-1, (wanted - 1).clamp(min=0)[..., None])
-    above = scores > threshold
-    hits = (above & edges).sum(-1)
-    room = wanted - above.sum(-1)
-    tied = ((scores == threshold) & edges).sum(-1)
-    return (hits + torch.minimum(room, tied)).double() / wanted.clamp(min=1)
 
 
 class _Tally:

@@ -1,15 +1,11 @@
-"""The figures of the page: SVG for light and for dark backgrounds."""
+"""The figures of the page."""
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import log
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
@@ -22,41 +18,6 @@ from ssa_framework.quality import Timing
 
 _COLORS = {"dense": "#D55E00", "sparse": "#0072B2", "graph": "#56B4E9", "attend": "#009E73"}  # Okabe and Ito, 2008
 _SNIPPET = 16
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One figure as two data URIs, and its text for those who don't see it."""
-
-    light: str
-    dark: str
-    description: str
-
-
-def draw(paint: Callable[[], Figure], description: str) -> Picture:
-    """Render ``paint()`` on both backgrounds."""
-    return Picture(_render(paint, "#1b1f24"), _render(paint, "#e6e8eb"), description)
-
-
-def _render(paint: Callable[[], Figure], ink: str) -> str:
-    style: Any = {
-        **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), ink),
-        "figure.facecolor": "none",
-        "axes.facecolor": "none",
-        "savefig.facecolor": "none",
-        "legend.facecolor": "#ffffff" if ink < "#8" else "#1b1f24",
-        "legend.framealpha": 0.85,
-        "grid.color": "#808080",
-        "grid.alpha": 0.25,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "font.size": 11,
-        "svg.hashsalt": "ssa-demo",
-    }
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(style):
-        paint().savefig(buffer, format="svg", metadata={"Date": None}, bbox_inches="tight", pad_inches=0.05)
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _axes(width: float, height: float) -> Axes:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from ssa_framework.cli.demo.bench import LengthResult
 from ssa_framework.cli.demo.settings import Settings
-from ssa_framework.cli.demo.tables import mebibytes, percent, seconds
 from ssa_framework.cli.demo.train import Run
+from ssa_framework.cli.tables import mebibytes, percent, seconds
 from ssa_framework.quality import Timing
 
 

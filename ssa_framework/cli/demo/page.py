@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ssa_framework.cli.demo.bench import LengthResult
-from ssa_framework.cli.demo.figures import draw, graph_figure, loss_figure, memory_figure, time_figure
+from ssa_framework.cli.demo.figures import graph_figure, loss_figure, memory_figure, time_figure
 from ssa_framework.cli.demo.findings import findings
 from ssa_framework.cli.demo.passage import Passage
 from ssa_framework.cli.demo.settings import Settings
 from ssa_framework.cli.demo.tables import cost_table, quality_table, slots_table, training_table
 from ssa_framework.cli.demo.text import Text
 from ssa_framework.cli.demo.train import Run
+from ssa_framework.cli.pages import draw
+from ssa_framework.cli.pages import render as render_page
 from ssa_framework.plotting import PART_COLORS
 
 PAGE_NAME, NUMBERS_NAME = "index.html", "demo.json"
@@ -101,10 +102,8 @@ def render(outcome: Outcome) -> str:
         "memory": draw(lambda: memory_figure(outcome.results), "Peak extra memory of one call over the length N"),
         "graph": draw(lambda: graph_figure(outcome.passage), "Which bytes of the passage each byte attends to"),
     }
-    environment_ = Environment(
-        loader=PackageLoader("ssa_framework.cli"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    return environment_.get_template("demo.html.j2").render(
+    return render_page(
+        "demo.html.j2",
         settings=settings,
         sources=settings.attention_config(dense=False).source_mix,
         text=outcome.text,

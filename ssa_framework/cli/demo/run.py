@@ -21,9 +21,10 @@ from ssa_framework.cli.demo.bench import LengthResult, measure_length
 from ssa_framework.cli.demo.page import NUMBERS_NAME, Outcome, write
 from ssa_framework.cli.demo.passage import read_passage
 from ssa_framework.cli.demo.settings import Settings
-from ssa_framework.cli.demo.tables import TextTable, cost_table, quality_table, seconds, slots_table, training_table
+from ssa_framework.cli.demo.tables import cost_table, quality_table, slots_table, training_table
 from ssa_framework.cli.demo.text import Text, load_text
 from ssa_framework.cli.demo.train import ByteModel, Run, make_twins, train
+from ssa_framework.cli.tables import rich_table, seconds
 
 _LEVELS = "█▇▆▅▄▃▂▁"
 
@@ -97,7 +98,7 @@ def _train(settings: Settings, text: Text, console: Console) -> tuple[Run, Run]:
             settings,
             on_step=lambda run: progress.update(tasks[run.name], advance=1, state=_state(run)),
         )
-    console.print(_rich(training_table(runs, settings)))
+    console.print(rich_table(training_table(runs, settings)))
     return runs
 
 
@@ -138,34 +139,16 @@ def _measure(model: ByteModel, text: Text, settings: Settings, console: Console)
 
             def show(stage: str, length: int = length) -> None:
                 progress.update(task, description=stage, length=length)
-                live.update(Group(_rich(cost_table(results)), progress), refresh=True)
+                live.update(Group(rich_table(cost_table(results)), progress), refresh=True)
                 progress.advance(task)
 
             results.append(measure_length(model, text.validation[:length], settings, show))
             progress.update(task, completed=4 * (number + 1))
-        live.update(_rich(cost_table(results)), refresh=True)
+        live.update(rich_table(cost_table(results)), refresh=True)
     for table in (quality_table(results, settings), slots_table(results, settings)):
         console.print()
-        console.print(_rich(table))
+        console.print(rich_table(table))
     return results
-
-
-def _rich(table: TextTable) -> Table:
-    shown = Table(
-        title=table.title,
-        caption=table.note,
-        title_justify="left",
-        caption_justify="left",
-        title_style="bold not italic",
-        caption_style="dim",
-        box=None,
-        padding=(0, 1),
-    )
-    for i, header in enumerate(table.headers):
-        shown.add_column(header, justify="left" if i == 0 else "right", vertical="bottom", header_style="cyan")
-    for row in table.rows:
-        shown.add_row(*row)
-    return shown
 
 
 def _conclude(outcome: Outcome, page: Path, console: Console) -> None:

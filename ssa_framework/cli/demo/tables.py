@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from ssa_framework.cli.demo.bench import LengthResult
 from ssa_framework.cli.demo.settings import Settings
 from ssa_framework.cli.demo.train import Run
+from ssa_framework.cli.tables import TextTable, mebibytes, percent, seconds
 from ssa_framework.quality import QualityReport
 
 _NONE = "–"
-
-
-@dataclass(frozen=True)
-class TextTable:
-    """A table of formatted cells; the first columns are names, the others numbers."""
-
-    title: str
-    note: str
-    headers: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
 
 
 def training_table(runs: Sequence[Run], settings: Settings) -> TextTable:
@@ -124,19 +114,3 @@ def slots_table(results: Sequence[LengthResult], settings: Settings) -> TextTabl
 def _reports(results: Sequence[LengthResult]) -> list[tuple[LengthResult, int, QualityReport]]:
     """Every length and layer, layers counted from 1."""
     return [(result, layer, report) for result in results for layer, report in enumerate(result.quality, start=1)]
-
-
-def seconds(value: float) -> str:
-    if value < 1e-3:
-        return f"{value * 1e6:.0f} µs"
-    if value < 1:
-        return f"{value * 1e3:.1f} ms" if value < 0.1 else f"{value * 1e3:.0f} ms"
-    return f"{value:.2f} s"
-
-
-def mebibytes(count: int | None, unit: str = " MiB") -> str:
-    return _NONE if count is None else f"{count / 2**20:.1f}{unit}"
-
-
-def percent(share: float) -> str:
-    return f"{share * 100:.1f} %" if share < 0.0995 else f"{share * 100:.0f} %"

@@ -1,0 +1,1 @@
+"""What sparse attention does to a language model. Every measurement is a function that returns plain data."""
