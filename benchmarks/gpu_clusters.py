@@ -27,7 +27,9 @@ BOUNDS = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 """Relative errors against float64 that rounding explains; summaries are rounded to the dtype of the keys."""
 
 
-FAILURES=[]
+FAILURES = []
+
+
 def results(inputs: list[Tensor], graph: NeighborGraph, backend: str, upstream: tuple[Tensor, Tensor]) -> list[Tensor]:
     out, lse = neighbor_attention(*inputs, graph, backend=backend)
     seen = torch.isfinite(lse)

@@ -3,7 +3,7 @@
 from ssa_framework.errors import BudgetError, ConfigError, MissingExtraError, SSAError
 from ssa_framework.growing import GrowingTensor
 from ssa_framework.hookspecs import ENTRY_POINT_GROUP, hookimpl
-from ssa_framework.ops.cluster_keys import Clusters, cluster_keys, cluster_slots
+from ssa_framework.ops.cluster_keys import Clusters, cluster_keys, cluster_members, cluster_slots
 from ssa_framework.ops.group_keys import group_keys
 from ssa_framework.ops.lsh_slices import HashLevels, lsh_slices
 from ssa_framework.ops.rank_clusters import KeptClusters, rank_clusters
@@ -34,6 +34,7 @@ __all__ = [
     "Spans",
     "Summaries",
     "cluster_keys",
+    "cluster_members",
     "cluster_slots",
     "group_keys",
     "hookimpl",

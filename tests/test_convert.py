@@ -77,7 +77,10 @@ def attention_names(model: nn.Module) -> list[str]:
 ENCODER_CALLS: dict[str, Callable[[], dict[str, Any]]] = {
     "plain": dict,
     "padded": lambda: {"src_key_padding_mask": padding()},
-    "padded-float": lambda: {"src_key_padding_mask": torch.zeros(BATCH, LENGTH).masked_fill(padding(), -torch.inf)},
+    # in the dtype of the model: on some processors torch misreads a float32 mask beside float64 inputs
+    "padded-float": lambda: {
+        "src_key_padding_mask": torch.zeros(BATCH, LENGTH, dtype=torch.float64).masked_fill(padding(), -torch.inf)
+    },
     "causal": lambda: {"mask": causal_mask()},
     "causal-hint": lambda: {"mask": causal_mask(), "is_causal": True},
     "causal-padded": lambda: {"mask": causal_mask() < 0, "src_key_padding_mask": padding()},

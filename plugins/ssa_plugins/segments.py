@@ -9,7 +9,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ssa_framework.plugin import Clusters, Proposal, Ranges, RoutingContext, Spans, Summaries, rank_clusters
+from ssa_framework.plugin import (
+    Clusters,
+    Proposal,
+    Ranges,
+    RoutingContext,
+    Spans,
+    Summaries,
+    cluster_members,
+    rank_clusters,
+)
 
 Attend = Literal["topk", "all"]
 """What of the keys that a query looks at is attended."""
@@ -134,17 +143,7 @@ class Level:
 
     def members(self, num_keys: int, start: int = 0) -> Tensor:
         """The number of the cluster of each key, from ``start`` on, int32 ``[B, Hkv, M]``, -1 = none."""
-        first, size = self.clusters.start.long(), self.clusters.size.long()
-        batch, heads, count = size.shape
-        length = self.order.shape[2]
-        number = torch.where(size > 0, torch.arange(1, count + 1, device=size.device), 0)
-        # +number where a cluster begins and -number where it ends: the sum up to a place is the number there
-        steps = torch.zeros((batch, heads, length + 1), dtype=torch.int64, device=size.device)
-        steps.scatter_add_(2, first, number).scatter_add_(2, first + size, -number)
-        owner = steps.cumsum(2)[..., :length]
-        members = torch.full((batch, heads, num_keys + 1), -1, dtype=torch.int32, device=size.device)
-        places = torch.where(owner > 0, self.order, num_keys).long()
-        return members.scatter_(2, places, (owner - 1 + start).int())[..., :num_keys]
+        return cluster_members(self.order, self.clusters.start, self.clusters.size, num_keys, start)
 
 
 @dataclass(frozen=True)

@@ -206,6 +206,23 @@ def test_fp32_weights_are_closer_to_exact() -> None:
     assert error(True) < error(False)
 
 
+@pytest.mark.parametrize("content", ["nothing", "lists", "slices"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_wide_bands_are_taken_as_tiles(monkeypatch: pytest.MonkeyPatch, causal: bool, content: str) -> None:
+    monkeypatch.setattr("ssa_framework.ops.neighbor_attention.triton_call._WIDE_BAND", 3)
+    segments = (torch.arange(41)[None] // 9).int()
+    parts = replace(MIX, causal=causal, query_offset=30, key_keep=torch.rand(2, 41) > 0.3)
+    parts = replace(parts, query_segments=segments[:, 30:35], key_segments=segments)
+    if content == "lists":
+        parts = replace(parts, neighbors=lists((1, 2), 5, 41, 12, parts))
+    if content == "slices":
+        parts = with_slices(parts, 2, 5, 41)
+    check(tensors(), parts)
+    if content == "nothing":
+        check(tensors(), replace(parts, columns=None))
+        check(tensors(), replace(parts, query_offset=-20))
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("_SORTED_AT_ONCE", 2**27), ("_SORTED_AT_ONCE", 100), ("_INT16_VALUES", 2)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,10 @@ from ssa_framework.ops.neighbor_attention.triton_invert import BLOCK_KEYS
 from ssa_framework.ops.neighbor_attention.triton_tiles import Fixed, Lists, Rows, Slices
 
 _LARGE_SHARED_MEMORY = 160 * 1024  # bytes that a program may use, as on A100 and H100
+
+_WIDE_BAND = 48
+"""Keys of a band from which on tiles of queries that share them are faster than a gather for each query, although the
+result then goes through memory in between (measured)."""
 
 _NO_INTERVALS = Intervals(None, None, 0, 0, 0, 0, 0, None, 0, 0, 0, None, 0, 0, 0, 0, 0, 0)
 
@@ -86,6 +91,19 @@ def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def next_power(n: int) -> int:
     return triton.next_power_of_2(n)
+
+
+def prepare_rows(q: Tensor, k: Tensor, v: Tensor, parts: GraphParts) -> Call:
+    """`prepare` for the kernels that take a query or a block of queries: a wide band is a span, if there is no other.
+
+    Columns, slices and lists have the same keys either way. The gradients of the keys take a band as tiles anyhow.
+    """
+    after = 0 if parts.causal else parts.band_after
+    if parts.has_band and parts.span_start is None and parts.band_before + after + 1 >= _WIDE_BAND:
+        position = torch.arange(q.shape[2], dtype=torch.int32, device=q.device)[None] + parts.query_offset
+        start, end = position - parts.band_before, position + (after + 1)
+        parts = replace(parts, span_start=start, span_end=end, band_before=-1, band_after=-1)
+    return prepare(q, k, v, parts)
 
 
 def prepare(q: Tensor, k: Tensor, v: Tensor, parts: GraphParts) -> Call:

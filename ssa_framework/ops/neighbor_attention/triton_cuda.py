@@ -26,6 +26,7 @@ from ssa_framework.ops.neighbor_attention.triton_call import (
     key_programs,
     next_power,
     prepare,
+    prepare_rows,
     query_programs,
     rows,
 )
@@ -68,7 +69,7 @@ def forward(
     fp32_weights: bool,
 ) -> tuple[Tensor, Tensor]:
     """``q [B, H, N, D]``, ``k [B, Hkv, M, D]``, ``v [B, Hkv, M, Dv]`` → ``out [B, H, N, Dv]``, ``lse [B, H, N]``."""
-    call = prepare(q, k, v, parts)
+    call = prepare_rows(q, k, v, parts)
     batch, heads, queries, _ = q.shape
     kv_heads = k.shape[1]
     out = torch.empty((batch, heads, queries, v.shape[-1]), dtype=q.dtype, device=q.device)
@@ -121,7 +122,8 @@ def backward(
     if not q.numel():
         return grad_q.zero_(), grad_k.zero_(), grad_v.zero_(), grad_bias, of_summary_k, of_summary_v
     statistics = torch.empty((*q.shape[:3], 2), dtype=torch.float32, device=q.device)
-    _query_gradients(call, grad_out, grad_lse, q, k, v, out, lse, statistics, grad_q, parts.causal, scale)
+    by_rows = prepare_rows(q, k, v, parts)
+    _query_gradients(by_rows, grad_out, grad_lse, q, k, v, out, lse, statistics, grad_q, parts.causal, scale)
     if k.shape[2]:
         _key_gradients(call, grad_out, q, k, v, statistics, grad_k, grad_v, parts.causal, scale)
     if call.seen.first is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -29,7 +30,8 @@ def summarize_keys(k: Tensor, v: Tensor, members: Tensor, count: int) -> tuple[T
     sizes = _sizes(members, count)
     log_sizes = sizes.to(torch.float64 if k.dtype == torch.float64 else torch.float32).log()
     log_sizes = log_sizes.expand(k.shape[0], k.shape[1], -1)
-    return group_means(k, members, sizes), group_means(v, members, sizes), log_sizes
+    order = _group_order(k, members, sizes)
+    return group_means(k, members, sizes, order), group_means(v, members, sizes, order), log_sizes
 
 
 def _sizes(members: Tensor, count: int) -> Tensor:
@@ -37,6 +39,21 @@ def _sizes(members: Tensor, count: int) -> Tensor:
     owner = torch.where(members < 0, count, members).flatten(2).long()
     sizes = torch.zeros((*members.shape[:2], count + 1), dtype=torch.int32, device=members.device)
     return sizes.scatter_add_(2, owner, torch.ones_like(owner, dtype=torch.int32))[..., :count]
+
+
+def _triton() -> ModuleType | None:
+    spec = find_spec("triton")
+    if spec is None or spec.origin is None:
+        return None
+    from ssa_framework.ops.summarize_keys import triton_cuda  # Triton takes a moment to import
+
+    return triton_cuda
+
+
+def _group_order(x: Tensor, members: Tensor, sizes: Tensor) -> Tensor | None:
+    """What the CUDA kernels need of the groups, once for keys and values."""
+    triton_cuda = _triton() if x.is_cuda else None
+    return None if triton_cuda is None or not triton_cuda.serves(x) else triton_cuda.group_order(members, sizes)
 
 
 def _implementation(x: Tensor) -> ModuleType:
@@ -48,19 +65,26 @@ def _implementation(x: Tensor) -> ModuleType:
 
 
 @torch.library.custom_op("ssa_framework::group_means", mutates_args=())
-def group_means(x: Tensor, members: Tensor, sizes: Tensor) -> Tensor:
-    means: Tensor = _implementation(x).means(x, members, sizes)
+def group_means(x: Tensor, members: Tensor, sizes: Tensor, order: Tensor | None = None) -> Tensor:
+    """See `summarize_keys`; ``order``: the keys group by group, where the kernels of the device want it."""
+    triton_cuda = None if order is None else _triton()
+    if order is not None and triton_cuda is not None and triton_cuda.serves(x):
+        means: Tensor = triton_cuda.means(x, members, sizes, order)
+    else:
+        means = _implementation(x).means(x, members, sizes)
     return means
 
 
 @torch.library.custom_op("ssa_framework::group_means_backward", mutates_args=())
 def _group_means_backward(grad: Tensor, members: Tensor, sizes: Tensor) -> Tensor:
-    spread: Tensor = _implementation(grad).spread(grad, members, sizes)
+    triton_cuda = _triton() if grad.is_cuda else None
+    module = triton_cuda if triton_cuda is not None and triton_cuda.serves(grad) else _implementation(grad)
+    spread: Tensor = module.spread(grad, members, sizes)
     return spread
 
 
 @group_means.register_fake
-def _(x: Tensor, members: Tensor, sizes: Tensor) -> Tensor:
+def _(x: Tensor, members: Tensor, sizes: Tensor, order: Tensor | None = None) -> Tensor:
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     return x.new_empty((*x.shape[:2], sizes.shape[2], x.shape[3]), dtype=compute)
 
@@ -71,14 +95,14 @@ def _(grad: Tensor, members: Tensor, sizes: Tensor) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, members, sizes = inputs
+    x, members, sizes, _ = inputs
     ctx.save_for_backward(members, sizes)
     ctx.dtype = x.dtype
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     members, sizes = ctx.saved_tensors
-    return _group_means_backward(grad, members, sizes).to(ctx.dtype), None, None
+    return _group_means_backward(grad, members, sizes).to(ctx.dtype), None, None, None
 
 
 group_means.register_autograd(_backward, setup_context=_setup_context)
