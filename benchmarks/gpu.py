@@ -26,9 +26,10 @@ from ssa_framework.quality.bench import BenchCase, BenchRow, run_case, write_csv
 SHARED = SSAConfig(graph_heads="kv")
 FIXED = {"self": {}, "window": {"size": 8}, "global": {"tokens": 2}}
 LEAN = SHARED.replace(sources={**FIXED, "lsh": {"rounds": 4, "candidates": 64}})
+WIDE_WINDOW = SHARED.replace(sources={**FIXED, "window": {"size": 64}, "lsh": {"rounds": 4, "candidates": 64}})
 FEW = SHARED.replace(sources={**FIXED, "lsh": {"rounds": 3, "candidates": 48}})
-PRESETS = {f"preset {name}": SSAConfig.preset(name, graph_heads="kv") for name in ("fast", "balanced")}
-MIXES = {"seed": SHARED, "lean": LEAN, "few": FEW, **PRESETS}
+PRESETS = {f"preset {name}": SSAConfig.preset(name, graph_heads="kv") for name in ("fast", "balanced", "quality")}
+MIXES = {"seed": SHARED, "lean": LEAN, "few": FEW, "wide": WIDE_WINDOW, **PRESETS}
 MILLION = 2**20
 WIDE = {"heads": 32, "kv_heads": 8, "head_dim": 128}
 NARROW = {"heads": 8, "head_dim": 64}

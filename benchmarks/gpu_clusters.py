@@ -108,6 +108,7 @@ def report(name: str, call: Callable[[], object]) -> None:
 
 def steps(mix: str, length: int, config: SSAConfig, backward: bool, shape: tuple[int, int, int]) -> None:
     q, k, v = (x.requires_grad_(backward) for x in tensors(length, *shape))
+    config = config.replace(dense_below=0)
     graph = build_graph(q, k, config=config, is_causal=True)
     upstream = torch.randn_like(q)
 

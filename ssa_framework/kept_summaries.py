@@ -10,8 +10,9 @@ from torch import Tensor
 from ssa_framework.errors import ConfigError
 from ssa_framework.masks import EdgeMask
 from ssa_framework.ops.summarize_keys import summarize_keys
+from ssa_framework.ops.summary_reach import largest_of_members
 from ssa_framework.proposals import Summaries
-from ssa_framework.summaries import check_causal, largest_of_members
+from ssa_framework.summaries import check_causal
 
 _GROUPS = 64
 
@@ -141,9 +142,7 @@ class KeptSummaries:
     @staticmethod
     def _last_keys(members: Tensor, keys: Tensor, count: int) -> Tensor:
         """The position of the last key of each, int32 ``[B or 1, count]``; ``members [B or 1, Hkv or 1, R, keys]``."""
-        nobody = members.new_zeros((1, 1, members.shape[2]))
-        some = Summaries(members, count, nobody, nobody)
-        levels = [largest_of_members(some, level, keys.int()[None]) for level in range(members.shape[2])]
+        levels = [largest_of_members(level, count, keys.int()[None]) for level in members.unbind(2)]
         return torch.stack(levels).amax(0)
 
 

@@ -17,7 +17,7 @@ from ssa_framework.ops.neighbor_attention.triton_tiles import Fixed, Lists, Rows
 
 _LARGE_SHARED_MEMORY = 160 * 1024  # bytes that a program may use, as on A100 and H100
 
-_WIDE_BAND = 48
+_WIDE_BAND = 64
 """Keys of a band from which on tiles of queries that share them are faster than a gather for each query, although the
 result then goes through memory in between (measured)."""
 
