@@ -309,6 +309,16 @@ def interval_programs(call: Call, q: Tensor, causal: bool) -> dict[str, Any]:
     }
 
 
+def attend_interval_programs(call: Call, q: Tensor, causal: bool) -> dict[str, Any]:
+    """`interval_programs` of the forward kernel: small tiles of which three fit a multiprocessor, so that one
+    multiplies while another takes exponentials (measured)."""
+    options = interval_programs(call, q, causal)
+    row_bytes = max(call.widths["W"], call.widths["WV"]) * q.element_size()
+    if row_bytes > 256 or call.exact or options["GROUP_PADDED"] > 64:
+        return options
+    return options | {"QUERIES": 64 // options["GROUP_PADDED"], "KEYS": 32, "num_warps": 4, "maxnreg": 168}
+
+
 def interval_key_programs(call: Call, q: Tensor, grad_out: Tensor) -> dict[str, Any]:
     """The same for the kernel that takes a block of keys or summaries and all queries that reach it (not measured)."""
     options = key_programs(call, q, grad_out, next_power(call.group))

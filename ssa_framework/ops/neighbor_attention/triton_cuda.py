@@ -19,6 +19,7 @@ from ssa_framework.ops.neighbor_attention.triton_backward import (
 from ssa_framework.ops.neighbor_attention.triton_call import (
     NO_ROWS,
     Call,
+    attend_interval_programs,
     attend_programs,
     broadcast_stride,
     interval_key_programs,
@@ -82,7 +83,7 @@ def forward(
         # float32 where the softmax goes on, so that what is merged has not been rounded
         first = torch.empty_like(out, dtype=torch.float32) if call.has_rows else out
         first_lse = torch.empty_like(lse) if call.has_rows else lse
-        options = interval_programs(call, q, parts.causal)
+        options = attend_interval_programs(call, q, parts.causal)
         attend_intervals_kernel[(triton.cdiv(queries, options["QUERIES"]), kv_heads, batch)](
             rows(q), rows(k), rows(v), rows(call.summary_k), rows(call.summary_v), rows(first),
             rows(first_lse.unsqueeze(-1)), call.fixed, call.spans, call.seen, queries, scale, FP32=fp32, **options,
