@@ -52,6 +52,8 @@ from ssa_framework.ops.neighbor_attention.triton_slices import (
 )
 
 _PROGRAMS = 1024  # enough to fill a large GPU
+_MOST_SPLITS, _QUERIES_OF_A_SPLIT = 8, 16384
+"""Of the queries that attend a block of summaries: one program alone would be the last to finish by far."""
 _CACHED_BYTES = 2**26
 """Of queries and their gradients, for the gradients of keys and values; about what the L2 cache holds (measured)."""
 
@@ -239,6 +241,8 @@ def _interval_gradients(
     options = interval_key_programs(call, q, grad_out) | {"K_ROW": k.stride(2), "V_ROW": v.stride(2)}
     tiles = triton.cdiv(length, options["BLOCK"])
     splits = max(1, min(triton.cdiv(queries, options["QUERIES"]), _PROGRAMS // (batch * kv_heads * tiles)))
+    if intervals.weights is not None:  # all later queries attend the summaries of the last level, few those of others
+        splits = max(splits, min(_MOST_SPLITS, triton.cdiv(queries, _QUERIES_OF_A_SPLIT)))
     partials = [
         torch.empty((splits, batch * kv_heads, length, call.widths[w]), dtype=torch.float32, device=q.device)
         for w in ("W", "WV")
