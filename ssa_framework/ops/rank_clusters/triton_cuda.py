@@ -44,9 +44,9 @@ def tile_for(width: int) -> Tile:
 
 
 def _shared_memory(width: int, parts: int) -> int:
-    """Bytes, about: queries in ``parts`` and their squares, tables of the tiles on their way, and what moves."""
+    """Bytes: queries in ``parts`` and their squares, tables of the tiles on their way, scores that change threads."""
     tile = tile_for(width)
-    return 2 * width * ((parts + 1) * tile.rows + 3 * tile.stages * tile.clusters) + 4 * 1024
+    return 2 * width * ((parts + 1) * tile.rows + 3 * tile.stages * tile.clusters) + 4 * tile.rows * tile.clusters
 
 
 def _padded(dim: int) -> int:
@@ -104,9 +104,9 @@ def rank(
     blocks = triton.cdiv(queries, tile.rows)
     items = blocks * heads * batch
     programs = min(items, tile.programs * _multiprocessors(q.device))
-    kept = min(_MOST, max(32, triton.next_power_of_2(most * 5 // 4)))
+    kept = max(16, triton.next_power_of_2(most))
     lists = 32 * tile.warps // tile.rows
-    capacity = 2 * CHUNK // lists
+    capacity = triton.next_power_of_2(CHUNK // lists + kept)
     scratch = Scratch(
         torch.empty((programs, tile.rows, CHUNK), dtype=torch.int32, device=q.device),
         torch.empty((programs, tile.rows, lists, capacity), dtype=torch.int64, device=q.device),

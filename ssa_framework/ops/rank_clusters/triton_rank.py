@@ -151,12 +151,12 @@ def _scores(
     W: tl.constexpr, CLUSTERS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """``[ROWS, CLUSTERS]`` of queries ``x + rest [ROWS, W]`` and the clusters in row ``first`` of the table and on."""
-    at = (first + tl.arange(0, CLUSTERS)[:, None]) * W + tl.arange(0, W)[None, :]
+    inner = tl.arange(0, CLUSTERS)[:, None] * W + tl.arange(0, W)[None, :]
     # all on their way before the first is used
-    low = tl.trans(tl.load(table.low + at))
-    high = tl.trans(tl.load(table.high + at))
+    low = tl.trans(tl.load(table.low + first * W + inner))
+    high = tl.trans(tl.load(table.high + first * W + inner))
     if table.variances is not None:
-        variances = tl.trans(tl.load(table.variances + at))
+        variances = tl.trans(tl.load(table.variances + first * W + inner))
     scores = dot(x, low, tl.zeros((x.shape[0], CLUSTERS), tl.float32), "ieee")
     if PARTS == 2:
         more = dot(rest, high, tl.zeros((x.shape[0], CLUSTERS), tl.float32), "ieee")
@@ -184,7 +184,7 @@ def _score_chunk(
     for tile in range(tiles):
         first = start + tile * CLUSTERS
         number = first + column
-        size = tl.load(table.size + of_head + number)
+        size = tl.load(table.size + (of_head + first) + column)
         # [ROWS, CLUSTERS]
         score = _scores(x, rest, squares, table, of_head + first, W, CLUSTERS, PARTS)
         # one comparison for both limits: what is too low, or no cluster, is a large number without sign
@@ -203,13 +203,13 @@ def _forget_seen(
     limits, index, batch, block, num_queries, slots, scores, start, tiles,
     ROWS: tl.constexpr, CLUSTERS: tl.constexpr, LISTS: tl.constexpr,
 ):  # fmt: skip
-    """Give the lowest score to the clusters of a chunk that are in a range before ``index``, too."""
+    """Give the lowest score to the clusters of a chunk that are also in a range after ``index``: these came first."""
     each: tl.constexpr = CLUSTERS // LISTS
     thread = tl.arange(0, LISTS * ROWS)
     row = block * ROWS + thread % ROWS
     four = tl.arange(0, 4)[None, :]
-    for earlier in range(index):
-        begin, end = _limits_of(limits, earlier, batch, row, row < num_queries, slots)
+    for other in range(index + 1, limits.ranges):
+        begin, end = _limits_of(limits, other, batch, row, row < num_queries, slots)
         for step in range(tiles * (each // 4)):
             number = start + step // (each // 4) * CLUSTERS + step % (each // 4) * 4
             number = (number + thread // ROWS * each)[:, None] + four
@@ -388,14 +388,16 @@ def rank_kernel(
         tl.store(counts + threads, tl.zeros((LISTS * ROWS,), tl.int32))
         tl.store(bounds + rows, tl.full((ROWS,), _LOWEST_FINITE, tl.int32))
         tl.debug_barrier()
-        for index in range(limits.ranges):
+        # the last range first: coarse clusters fill a budget with few, which gives a high bound for all the others
+        for step in range(limits.ranges):
+            index = limits.ranges - 1 - step
             low, high = _limits_of(limits, index, batch, row, real, table.slots)
             some = high > low
             begin = tl.min(tl.where(some, low, _LAST), 0)
             last = tl.max(tl.where(some, high, 0), 0)
             repeats = 0
-            for earlier in range(index):
-                other_low, other_high = _limits_of(limits, earlier, batch, row, real, table.slots)
+            for other in range(index + 1, limits.ranges):
+                other_low, other_high = _limits_of(limits, other, batch, row, real, table.slots)
                 repeats += tl.sum((tl.maximum(other_low, low) < tl.minimum(other_high, high)).to(tl.int32), 0)
             for start in range(begin, last, CHUNK):
                 tiles = tl.cdiv(tl.minimum(last - start, CHUNK), CLUSTERS)
