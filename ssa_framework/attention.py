@@ -351,6 +351,18 @@ class SparseAttention(nn.Module):
         out = self.Wo(self.apply_graph(q, k, v, graph).transpose(1, 2).flatten(2))
         return out, graph_stats(graph, self.config.head_dim) if return_stats else {}
 
+    def route_compiled(
+        self, q: Tensor, k: Tensor, attention_mask: Tensor | None = None, **graph_options: Any
+    ) -> compiled.RoutedGraph:
+        """`build_graph` for self-attention inside of a program that is being compiled."""
+        return compiled.route(self.router, q, k, self._compiled_call(False, attention_mask, graph_options))
+
+    def apply_compiled(self, q: Tensor, k: Tensor, v: Tensor, graph: compiled.RoutedGraph) -> Tensor:
+        """Attention over the graph of `route_compiled`, and the output projection: ``[B, N, d_model]``."""
+        out = compiled.apply_graph(q, k, v, graph, self._compiled_call(False, None, {}))
+        projected: Tensor = self.Wo(out.transpose(1, 2).flatten(2))
+        return projected
+
     def _compiled_call(
         self, cross: bool, attention_mask: Tensor | None, graph_options: Mapping[str, Any]
     ) -> compiled.AttentionCall:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -81,21 +81,23 @@ class Router(nn.Module):
         self.learning = [name for name, source_class in classes.items() if source_class.learns]
         self._enlist()
 
-    def _enlist(self) -> None:
+    def _enlist(self, device: torch.device | None = None) -> None:
         """Give this router a handle: an empty tensor whose size is the number under which `find_router` finds it.
 
-        A number would be a constant of a compiled program, and each layer a program of its own.
+        A number, or a buffer, would be a constant of a compiled program, and each layer a program of its own.
         """
         number = next(_numbers)
         _routers[number] = self
-        self._buffers = dict(self._buffers)  # a shallow copy shares the table
-        self.register_buffer("handle", torch.empty((0, number), dtype=torch.uint8), persistent=False)
+        self.handle = torch.empty((0, number), dtype=torch.uint8, device=device)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        device = self.handle.device
-        self._enlist()
-        self.handle = self.handle.to(device)
+        self._enlist(self.handle.device)  # a copy is another router
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        super()._apply(fn, recurse)
+        self.handle = fn(self.handle)
+        return self
 
     def source_state(self) -> dict[str, Tensor]:
         """The tensors of all sources, persistent or not, by name."""
