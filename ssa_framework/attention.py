@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ssa_framework import compiled
 from ssa_framework.cache import LayerCache
+from ssa_framework.checkpoint import guard_checkpoints
 from ssa_framework.config import SSAConfig
 from ssa_framework.decoding import attend_cached
 from ssa_framework.errors import CacheError, GraphError, MaskError, ShapeError
@@ -237,6 +238,7 @@ class SparseAttention(nn.Module):
         self.Wv = nn.Linear(config.d_model, kv_width, bias=False)
         self.Wo = nn.Linear(width, config.d_model, bias=False)
         self.router = Router(config, registry=registry)
+        guard_checkpoints(self)
 
     def project(
         self, x: Tensor, key_value: Tensor | None = None, positions: Tensor | None = None

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -29,7 +30,10 @@ from ssa_framework.errors import ConfigError, GraphError
 from ssa_framework.plugin import Band, Candidates, NeighborSource, RoutingContext
 from ssa_framework.router import find_router
 
-LENGTHS = (67, 200, 333)
+# torch asks for it itself where it traces, and then hides the warning
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+
+LENGTHS = (67, 200, 131)
 WIDTH = 32
 EDGES = torch.stack([torch.arange(64), torch.arange(64).flip(0)])
 CLUSTERS = {"levels": [[64, 8], [128, 16]], "keys": 32}
@@ -53,7 +57,12 @@ MIXES: dict[str, dict[str, Any]] = {
 def _forget_programs() -> Iterator[None]:
     torch._dynamo.reset()
     counters.clear()
+    # pytest listens to everything, and what torch traces for a viewer takes longer than the tests
+    trace = logging.getLogger("torch.__trace")
+    level, trace.propagate = trace.level, False
+    trace.setLevel(logging.CRITICAL)
     yield
+    trace.setLevel(level)
     torch._dynamo.reset()
 
 
@@ -62,9 +71,12 @@ def config(mix: str = "default", **changes: Any) -> SSAConfig:
     return SSAConfig(**(options | changes))
 
 
-def compile_once(function: Callable[..., Any]) -> tuple[Callable[..., Any], CompileCounterWithBackend]:
-    """Compiled for all lengths, and the count of its compilations."""
-    count = CompileCounterWithBackend("aot_eager")
+def compile_once(
+    function: Callable[..., Any], backend: str = "eager"
+) -> tuple[Callable[..., Any], CompileCounterWithBackend]:
+    """Compiled for all lengths, and the count of its compilations. The backend ``"eager"`` runs the program as it was
+    traced, ``"aot_eager"`` its joint forward and backward graphs; both without generating code."""
+    count = CompileCounterWithBackend(backend)
     return torch.compile(function, backend=count, fullgraph=True, dynamic=True), count
 
 
@@ -81,10 +93,13 @@ def result(function: Callable[..., Tensor], module: nn.Module | None, inputs: li
 
 
 def assert_same(
-    function: Callable[..., Tensor], module: nn.Module | None, inputs: Callable[[int], list[Tensor]]
+    function: Callable[..., Tensor],
+    module: nn.Module | None,
+    inputs: Callable[[int], list[Tensor]],
+    backend: str = "eager",
 ) -> None:
     """Compiled once, for all lengths, with the output and the gradients of eager; also without gradients."""
-    program, count = compile_once(function)
+    program, count = compile_once(function, backend)
     compilations = None
     for length in LENGTHS:
         made = inputs(length)
@@ -103,11 +118,13 @@ def x_of(length: int) -> list[Tensor]:
 # -- layers and functions --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-def test_layer(mix: str, causal: bool) -> None:
+@pytest.mark.parametrize(
+    ("mix", "causal", "backend"),
+    [("default", False, "eager"), ("clusters", True, "aot_eager"), ("listed", True, "eager"), ("exact", True, "eager")],
+)
+def test_layer(mix: str, causal: bool, backend: str) -> None:
     layer = SparseAttention(config(mix, causal=causal))
-    assert_same(lambda x: layer(x)[0], layer, x_of)
+    assert_same(lambda x: layer(x)[0], layer, x_of, backend)
 
 
 def test_function_with_grouped_queries() -> None:
@@ -121,7 +138,7 @@ def test_function_with_grouped_queries() -> None:
 
 @pytest.mark.parametrize("kind", [SparseTransformer, CachedGraphSparseTransformer])
 def test_models(kind: type[SparseTransformer]) -> None:
-    model = kind(config("clusters", rope_base=1e4), num_layers=3, vocab_size=11)
+    model = kind(config("clusters", rope_base=1e4), num_layers=2, vocab_size=11)
     if isinstance(model, CachedGraphSparseTransformer):
         model.reuse_every = 2
     assert_same(lambda tokens: model(tokens)[0], model, lambda n: [torch.randint(11, (2, n))])
@@ -134,7 +151,7 @@ def test_multihead_attention() -> None:
 
 def test_converted_encoder_with_padding() -> None:
     layer = nn.TransformerEncoderLayer(WIDTH, 2, 64, dropout=0.0, batch_first=True)
-    model = convert(nn.TransformerEncoder(layer, 2), config("clusters", causal=False))
+    model = convert(nn.TransformerEncoder(layer, 1), config("clusters", causal=False))
 
     def run(x: Tensor, padding: Tensor) -> Tensor:
         return model(x, src_key_padding_mask=padding)
@@ -163,7 +180,7 @@ def test_masks_of_single_edges(additive: bool) -> None:
         mask = torch.randn(1, 2, n, n)
         return [*x_of(n), mask if additive else mask > -1]
 
-    assert_same(lambda x, mask: layer(x, attention_mask=mask)[0], layer, masked)
+    assert_same(lambda x, mask: layer(x, attention_mask=mask)[0], layer, masked, "aot_eager" if additive else "eager")
 
 
 def test_positions() -> None:
@@ -261,7 +278,7 @@ def test_layers_compiled_one_by_one_share_a_program() -> None:
     model = SparseTransformer(config(), num_layers=10)
     (x,) = x_of(80)
     expected = model(x)[0]
-    count = CompileCounterWithBackend("aot_eager")
+    count = CompileCounterWithBackend("eager")
     for layer in model.layers:
         layer.compile(backend=count, fullgraph=True, dynamic=True)
     torch.testing.assert_close(model(x)[0], expected, rtol=0, atol=1e-6)
@@ -345,12 +362,10 @@ def test_handle_follows_the_module_and_stays_out_of_its_state() -> None:
 
 
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("length", [5, 300])
+@pytest.mark.parametrize("length", [64, 300])
 def test_pack_and_unpack(mix: str, length: int) -> None:
     layer = SparseAttention(config(mix))
     q, k, _ = layer.project(torch.randn(2, length, WIDTH))
-    if mix == "listed" and length < 64:
-        pytest.skip("its edges need 64 tokens")
     graph = layer.build_graph(q, k)
     parts = compiled.pack(graph)
     again = compiled.unpack(parts, q, k, graph.mask)
@@ -375,6 +390,7 @@ torch.testing.assert_close(out, expected, rtol=0, atol=0)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mix", ["default", "clusters"])
 def test_export_reloads_in_a_fresh_process(mix: str, tmp_path: Path) -> None:
     """With the hash planes of the layer, which are not those of its seed."""
