@@ -34,8 +34,8 @@ COLUMNS = [
     "what", "mix", "mode", "compile_s", "compilations", "graph_breaks", "largest_difference", "length", "eager_ms",
     "compiled_ms", "ratio", "cuda_graph_ms", "error", "threads", "device", "version", "commit", "torch",
 ]  # fmt: skip
-LENGTHS = tuple(range(600, 2600, 100))
-WIDTH, HEADS, LAYERS = 256, 8, 4
+LENGTHS = tuple(range(300, 1300, 50))
+WIDTH, HEADS, LAYERS = 256, 8, 2
 
 
 def build(what: str, mix: str, device: str, dtype: torch.dtype) -> nn.Module:
