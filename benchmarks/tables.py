@@ -19,7 +19,14 @@ import typer
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/benchmarks.md", "docs/choosing.md", "docs/decode.md", "docs/measurements.md")
+PAGES = (
+    "README.md",
+    "docs/benchmarks.md",
+    "docs/choosing.md",
+    "docs/compile.md",
+    "docs/decode.md",
+    "docs/measurements.md",
+)
 Row = dict[str, str]
 
 
@@ -277,6 +284,23 @@ def perplexity() -> str:
     return table(head, map(line, rows("perplexity.csv")))
 
 
+def compiled() -> str:
+    def line(r: Row) -> list[str]:
+        return [
+            r["what"], f"`{r['mix']}`", r["mode"], r["compile_s"], r["compilations"], r["graph_breaks"],
+            r["largest_difference"], r["ratio"],
+        ]  # fmt: skip
+
+    head = ["what", "mix", "mode", "compile time, s", "compilations", "graph breaks", "largest difference"]
+    return table([*head, "eager time / compiled time"], map(line, rows("compile.csv")))
+
+
+def soak() -> str:
+    names = ("seconds", "calls", "memory_mib", "objects", "threads", "open_files")
+    head = ["seconds", "calls", "memory, MiB", "Python objects", "threads", "open files"]
+    return table(head, ([f"{float(r[name]):,.0f}" for name in names] for r in rows("soak.csv")))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cpu-summary": cpu_summary,
     "cpu-seed-mix": lambda: timing("cpu_seed_mix.csv"),
@@ -291,11 +315,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "routing-settings": routing_settings,
     "routing-recommended": routing_recommended,
     "cluster-levels": cluster_levels,
+    "compile": compiled,
     "decode": decode,
     "decode-summary": decode_summary,
     "perplexity": perplexity,
     "recall-gaussian": recall_gaussian,
     "recall-model": recall_model,
+    "soak": soak,
 }
 
 

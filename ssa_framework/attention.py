@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import threading
-from collections import OrderedDict
 from collections.abc import Mapping
 from copy import copy
 from typing import Any
@@ -12,54 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssa_framework import compiled
 from ssa_framework.cache import LayerCache
+from ssa_framework.checkpoint import guard_checkpoints
 from ssa_framework.config import SSAConfig
 from ssa_framework.decoding import attend_cached
-from ssa_framework.errors import CacheError, ConfigError, GraphError, MaskError, ShapeError
+from ssa_framework.errors import CacheError, GraphError, MaskError, ShapeError
 from ssa_framework.graph import NeighborGraph
 from ssa_framework.masks import MaskMod, make_edge_mask
 from ssa_framework.ops.neighbor_attention import neighbor_attention
 from ssa_framework.ops.neighbor_attention.api import check_backend, check_graph, check_tensors
-from ssa_framework.registry import SourceRegistry, default_registry
+from ssa_framework.registry import SourceRegistry
 from ssa_framework.rotary import rotate
 from ssa_framework.router import Router
-
-_ROUTER_CACHE_SIZE = 32
-_routers: OrderedDict[tuple[Any, ...] | None, Router] = OrderedDict()
-_routers_lock = threading.Lock()
-
-
-def _functional_router(
-    config: SSAConfig, query: Tensor, key: Tensor, causal: bool, registry: SourceRegistry | None
-) -> Router:
-    """A router for these heads on this device; its buffers follow from the seed, so it can be kept and shared."""
-    heads, kv_heads = query.shape[1], key.shape[1]
-    config = config.replace(
-        d_model=heads * query.shape[-1], num_heads=heads, num_kv_heads=kv_heads, causal=causal, rope_base=None
-    )
-    registry = default_registry() if registry is None else registry
-    try:
-        classes = tuple(registry.get(name) for name in config.source_mix)
-        cache_key = (json.dumps(vars(config)), str(query.device), classes)
-    except TypeError:  # options that hold tensors (explicit edges) are not worth comparing
-        cache_key = None
-    with _routers_lock:
-        if cache_key in _routers:
-            _routers.move_to_end(cache_key)
-            return _routers[cache_key]
-    router = Router(config, registry=registry).to(query.device)
-    router.eval()
-    if any(parameter.requires_grad for parameter in router.parameters()):
-        raise ConfigError(
-            "a source of this mix has parameters of its own, which a function has no place for; use SparseAttention"
-        )
-    if cache_key is None:
-        return router
-    with _routers_lock:
-        _routers[cache_key] = router
-        while len(_routers) > _ROUTER_CACHE_SIZE:
-            _routers.popitem(last=False)
-    return router
+from ssa_framework.router_cache import functional_router
 
 
 def build_graph(
@@ -124,7 +87,7 @@ def build_graph(
         segment_ids=segment_ids,
         mask_mod=mask_mod,
     )
-    router = _functional_router(config, query, key, causal, registry)
+    router = functional_router(config, query, key, causal, registry)
     graph: NeighborGraph = router(query, key, mask, cross=cross, source_inputs=source_inputs)
     return graph
 
@@ -185,13 +148,26 @@ def sparse_attention(
         router = cache.owner
         if router is None:
             causal = is_causal or config.causal
-            router = _functional_router(config, query, key, causal, graph_options.get("registry"))
+            router = functional_router(config, query, key, causal, graph_options.get("registry"))
             cache.config = copy(config)
         elif cache.config != config:
             raise CacheError("this cache was filled with another configuration; reset() it, or use another cache")
         return attend_cached(
             router, cache, query, key, value, scale=scale, fp32_weights=config.fp32_attn_weights, **options
         )[0]
+    if torch.compiler.is_compiling() and graph is None and compiled.serves(graph_options):
+        call = compiled.AttentionCall(
+            causal=is_causal or config.causal,
+            attn_mask=attn_mask,
+            cross=graph_options.get("cross"),
+            scale=scale,
+            dropout_p=dropout_p,
+            fp32_weights=config.fp32_attn_weights,
+            backend=config.backend,
+            dense=config.dense_below != 0,
+            **compiled.mask_options(graph_options),
+        )
+        return compiled.attend(config, query, key, value, call)
     if graph is None:
         causal = is_causal or config.causal
         graph = build_graph(query, key, config=config, is_causal=causal, attn_mask=attn_mask, **graph_options)
@@ -262,6 +238,7 @@ class SparseAttention(nn.Module):
         self.Wv = nn.Linear(config.d_model, kv_width, bias=False)
         self.Wo = nn.Linear(width, config.d_model, bias=False)
         self.router = Router(config, registry=registry)
+        guard_checkpoints(self)
 
     def project(
         self, x: Tensor, key_value: Tensor | None = None, positions: Tensor | None = None
@@ -365,6 +342,9 @@ class SparseAttention(nn.Module):
         if cache is not None:
             return self._decode(x, key_value, attention_mask, return_stats, graph, cache, graph_options)
         q, k, v = self.project(x, key_value)
+        if torch.compiler.is_compiling() and graph is None and not return_stats and compiled.serves(graph_options):
+            call = self._compiled_call(key_value is not None, attention_mask, graph_options)
+            return self.Wo(compiled.attend(self.router, q, k, v, call).transpose(1, 2).flatten(2)), {}
         if graph is None:
             graph = self.build_graph(q, k, cross=key_value is not None, attention_mask=attention_mask, **graph_options)
         else:
@@ -372,6 +352,33 @@ class SparseAttention(nn.Module):
             check_graph(q, k, graph)
         out = self.Wo(self.apply_graph(q, k, v, graph).transpose(1, 2).flatten(2))
         return out, graph_stats(graph, self.config.head_dim) if return_stats else {}
+
+    def route_compiled(
+        self, q: Tensor, k: Tensor, attention_mask: Tensor | None = None, **graph_options: Any
+    ) -> compiled.RoutedGraph:
+        """`build_graph` for self-attention inside of a program that is being compiled."""
+        return compiled.route(self.router, q, k, self._compiled_call(False, attention_mask, graph_options))
+
+    def apply_compiled(self, q: Tensor, k: Tensor, v: Tensor, graph: compiled.RoutedGraph) -> Tensor:
+        """Attention over the graph of `route_compiled`, and the output projection: ``[B, N, d_model]``."""
+        out = compiled.apply_graph(q, k, v, graph, self._compiled_call(False, None, {}))
+        projected: Tensor = self.Wo(out.transpose(1, 2).flatten(2))
+        return projected
+
+    def _compiled_call(
+        self, cross: bool, attention_mask: Tensor | None, graph_options: Mapping[str, Any]
+    ) -> compiled.AttentionCall:
+        return compiled.AttentionCall(
+            causal=self.config.causal and not cross,
+            two_dims="unambiguous",
+            attn_mask=attention_mask,
+            cross=cross,
+            dropout_p=self.config.dropout if self.training else 0.0,
+            fp32_weights=self.config.fp32_attn_weights,
+            backend=self.config.backend,
+            dense=self.config.dense_below != 0,
+            **compiled.mask_options(graph_options),
+        )
 
     def _decode(
         self,

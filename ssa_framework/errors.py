@@ -62,6 +62,10 @@ class CacheError(SSAError, ValueError):
     """A cache that does not fit what is appended to it, or that is used in a way that it does not serve."""
 
 
+class CheckpointError(SSAError, RuntimeError):
+    """A state dict that is damaged, of another model, or of a layer that computes something else."""
+
+
 class BackendUnavailableError(SSAError, RuntimeError, ValueError):
     """The backend that was asked for by name cannot serve this call."""
 

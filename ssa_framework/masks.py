@@ -211,6 +211,23 @@ def normalize_attn_mask(
     raise MaskError(f"attn_mask of shape {list(shape)} fits nothing; accepted: {accepted}")
 
 
+def split_key_bias(bias: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """What is added to the scores of keys, ``[B, M]``, as a bool mask (True = a real key) if it is only 0 and -inf,
+    which needs no look-up per edge; else as a bias ``[B, 1, 1, M]``."""
+    if not bias.requires_grad and bool(((bias == 0) | (bias == float("-inf"))).all()):
+        return bias == 0, None
+    return None, bias[:, None, None, :]
+
+
+def add_key_bias(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """A mask (bool: True = attend, or additive) and a bias as one."""
+    if mask is None or bias is None:
+        return bias if mask is None else mask
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, float("-inf"))
+    return mask + bias
+
+
 def make_edge_mask(
     *,
     batch: int,

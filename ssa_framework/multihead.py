@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssa_framework import compiled
 from ssa_framework.attention import check_given_graph
 from ssa_framework.config import SSAConfig
 from ssa_framework.errors import ConfigError, DtypeError, MaskError, ShapeError
 from ssa_framework.graph import NeighborGraph
-from ssa_framework.masks import MaskMod, make_edge_mask
+from ssa_framework.masks import MaskMod, add_key_bias, make_edge_mask, split_key_bias
 from ssa_framework.ops.neighbor_attention import neighbor_attention
 from ssa_framework.ops.neighbor_attention.api import check_backend
 from ssa_framework.registry import SourceRegistry
@@ -212,6 +213,9 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         cross = self._is_cross(query, key, cross)
         q, k, v = self._project(query, key, value, cross)
         assert v is not None
+        if torch.compiler.is_compiling() and graph is None and compiled.serves(graph_options):
+            out = self._attend_compiled(q, k, v, key_padding_mask, attn_mask, is_causal, cross, graph_options)
+            return self._merge_heads(out, unbatched=query.dim() == 2), None
         if graph is None:
             graph = self._route(
                 q,
@@ -235,10 +239,43 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             backend=self.config.backend,
             dense=self.config.dense_below != 0,
         )
-        out = self.out_proj(out.transpose(1, 2).flatten(2))
-        if query.dim() == 2:
-            return out[0], None
-        return out if self.batch_first else out.transpose(0, 1), None
+        return self._merge_heads(out, unbatched=query.dim() == 2), None
+
+    def _attend_compiled(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        cross: bool,
+        graph_options: Mapping[str, Any],
+    ) -> Tensor:
+        batch, heads, queries, keys = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+        scores_mask = _scores_mask(attn_mask, batch, heads, queries, keys, ignored=is_causal)
+        keep, key_bias = _key_mask(key_padding_mask, batch, keys)
+        if key_bias is not None and key_bias.requires_grad:
+            scores_mask, key_bias = add_key_bias(scores_mask, key_bias[:, None, None, :]), None
+        options = compiled.mask_options(graph_options) | {"key_padding_mask": keep, "key_bias": key_bias}
+        call = compiled.AttentionCall(
+            causal=is_causal or (self.config.causal and not cross),
+            attn_mask=scores_mask,
+            cross=cross,
+            dropout_p=self.dropout if self.training else 0.0,
+            fp32_weights=self.config.fp32_attn_weights,
+            backend=self.config.backend,
+            dense=self.config.dense_below != 0,
+            **options,
+        )
+        return compiled.attend(self.router, q, k, v, call)
+
+    def _merge_heads(self, out: Tensor, unbatched: bool) -> Tensor:
+        """``[B, H, N, D]`` → the output, in the layout of the input."""
+        merged: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        if unbatched:
+            return merged[0]
+        return merged if self.batch_first else merged.transpose(0, 1)
 
     @property
     def _packed(self) -> bool:
@@ -321,6 +358,8 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         batch, heads, queries, keys = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
         scores_mask = _scores_mask(attn_mask, batch, heads, queries, keys, ignored=is_causal)
         keep, key_bias = _key_mask(key_padding_mask, batch, keys)
+        if key_bias is not None:  # torch's encoder makes one of a bool mask before it calls us
+            keep, key_bias = split_key_bias(key_bias)
         mask = make_edge_mask(
             batch=batch,
             heads=heads,
@@ -328,7 +367,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             keys=keys,
             device=q.device,
             causal=is_causal or (self.config.causal and not cross),
-            attn_mask=_combine(scores_mask, key_bias),
+            attn_mask=add_key_bias(scores_mask, key_bias),
             key_padding_mask=keep,
             segment_ids=segment_ids,
             mask_mod=mask_mod,
@@ -399,7 +438,7 @@ def _scores_mask(
 
 
 def _key_mask(mask: Tensor | None, batch: int, keys: int) -> tuple[Tensor | None, Tensor | None]:
-    """torch's ``key_padding_mask`` as ours (bool ``[B, M]``, True = a real key), or as a bias ``[B, 1, 1, M]``."""
+    """torch's ``key_padding_mask`` as ours (bool ``[B, M]``, True = a real key), or as a bias ``[B, M]``."""
     if mask is None:
         return None, None
     _check_mask_dtype("key_padding_mask", mask)
@@ -409,15 +448,4 @@ def _key_mask(mask: Tensor | None, batch: int, keys: int) -> tuple[Tensor | None
         raise MaskError(f"key_padding_mask must have shape [B, M] = [{batch}, {keys}], got {list(mask.shape)}")
     if mask.dtype == torch.bool:
         return ~mask, None
-    # torch's encoder turns a bool mask into zeros and -inf before it calls us; as bool it needs no look-up per edge
-    if not mask.requires_grad and bool(((mask == 0) | (mask == float("-inf"))).all()):
-        return mask == 0, None
-    return None, mask[:, None, None, :]
-
-
-def _combine(scores_mask: Tensor | None, key_bias: Tensor | None) -> Tensor | None:
-    if scores_mask is None or key_bias is None:
-        return key_bias if scores_mask is None else scores_mask
-    if scores_mask.dtype == torch.bool:
-        return torch.where(scores_mask, key_bias, float("-inf"))
-    return scores_mask + key_bias
+    return None, mask

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 from ssa_framework.cache import IndexStates
 from ssa_framework.config import SSAConfig
 from ssa_framework.crossover import faster_dense
-from ssa_framework.errors import BudgetWarning, ConfigError, ProposalError
+from ssa_framework.errors import BudgetWarning, ConfigError, GraphError, ProposalError
 from ssa_framework.graph import NeighborGraph, SourceRecord
 from ssa_framework.masks import EdgeMask
 from ssa_framework.ops.select_neighbors import Proposed, Selection, select_neighbors
@@ -36,6 +39,9 @@ from ssa_framework.summaries import clean_summaries
 DENSE_BELOW_IN_CACHE = 2048
 """What ``dense_below="auto"`` means where queries attend to a cache."""
 
+_numbers = itertools.count(2)  # a size of 0 or 1 would be a constant of a compiled program
+_routers: weakref.WeakValueDictionary[int, Router] = weakref.WeakValueDictionary()
+
 MIN_CONTENT_SLOTS = 8
 """Slots that content sources keep where band and columns alone take the whole budget, as in the original project."""
 
@@ -55,10 +61,13 @@ class Router(nn.Module):
         registry: where source names are looked up; the default registry if left out.
     """
 
+    handle: Tensor
+
     def __init__(
         self, config: SSAConfig, layer: LayerSpec | None = None, registry: SourceRegistry | None = None
     ) -> None:
         super().__init__()
+        self.config = copy(config)
         self.layer = layer_spec(config) if layer is None else layer
         self.registry = default_registry() if registry is None else registry
         self.mix = config.source_mix
@@ -69,6 +78,50 @@ class Router(nn.Module):
         self.sources = nn.ModuleDict(
             {name: create_source(name, classes[name], self.layer, options) for name, options in self.mix.items()}
         )
+        self.learning = [name for name, source_class in classes.items() if source_class.learns]
+        self._enlist()
+
+    def _enlist(self, device: torch.device | None = None) -> None:
+        """Give this router a handle: an empty tensor whose size is the number under which `find_router` finds it.
+
+        A number, or a buffer, would be a constant of a compiled program, and each layer a program of its own.
+        """
+        number = next(_numbers)
+        _routers[number] = self
+        self.handle = torch.empty((0, number), dtype=torch.uint8, device=device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._enlist(self.handle.device)  # a copy is another router
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        super()._apply(fn, recurse)
+        self.handle = fn(self.handle)
+        return self
+
+    def source_state(self) -> dict[str, Tensor]:
+        """The tensors of all sources, persistent or not, by name."""
+        return {**dict(self.sources.named_parameters()), **dict(self.sources.named_buffers())}
+
+    def set_source_state(self, state: Mapping[str, Tensor]) -> None:
+        """Use these very tensors, without gradients, in place of those of `source_state`.
+
+        Raises:
+            ConfigError: names that the sources do not have, or lack.
+        """
+        own = self.source_state()
+        if own.keys() != state.keys():
+            raise ConfigError(
+                f"the sources {', '.join(self.sources)} hold the tensors {', '.join(own) or 'none'}, "
+                f"got {', '.join(state) or 'none'}: they are of another version than the one that was saved"
+            )
+        for name, tensor in state.items():
+            path, _, leaf = name.rpartition(".")
+            module = self.sources.get_submodule(path)
+            if leaf in module._parameters:
+                module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+            else:
+                module._buffers[leaf] = tensor
 
     def extra_repr(self) -> str:
         return f"num_neighbors={self.layer.num_neighbors}, graph_heads={self.layer.graph_heads}"
@@ -100,6 +153,8 @@ class Router(nn.Module):
         Warns:
             BudgetWarning: band and columns alone take the whole budget.
         """
+        if torch.compiler.is_compiling():
+            return _outside(self, q, k, mask, cross=cross, source_inputs=source_inputs, cache=cache)
         dense_below = self.dense_below
         if cache is not None:
             cache.bind(self)
@@ -331,6 +386,28 @@ class Router(nn.Module):
             band=band,
             sources={**records, credit: SourceRecord(band=band)},
         )
+
+
+@torch.compiler.disable(
+    reason="a NeighborGraph cannot be part of a compiled program, and what needs one breaks it: build_graph(), "
+    "return_stats=True, mask_mod, a cache, a registry passed to a function"
+)
+def _outside(router: Router, *args: Any, **options: Any) -> NeighborGraph:
+    """Build a graph outside of the program that is being compiled."""
+    graph: NeighborGraph = router(*args, **options)
+    return graph
+
+
+def find_router(handle: Tensor) -> Router:
+    """The router that has this handle.
+
+    Raises:
+        GraphError: it is gone.
+    """
+    router = _routers.get(handle.shape[1])
+    if router is None:
+        raise GraphError("the layer that this program was compiled for is gone, and its neighbor sources with it")
+    return router
 
 
 def layer_spec(config: SSAConfig) -> LayerSpec:

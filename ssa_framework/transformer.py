@@ -7,6 +7,7 @@ from typing import Any, TypedDict, cast
 import torch
 from torch import Tensor, nn
 
+from ssa_framework import compiled
 from ssa_framework.attention import SparseAttention
 from ssa_framework.cache import LayerCache, SSACache
 from ssa_framework.config import SSAConfig
@@ -193,6 +194,8 @@ class CachedGraphSparseTransformer(SparseTransformer):
                 "another layer's keys; load its state dict into a SparseTransformer, which can"
             )
         x = self.embed_input(tokens_or_x)
+        if torch.compiler.is_compiling() and not return_stats and compiled.serves(graph_options):
+            return self._forward_compiled(x, graph_options)
         graph: NeighborGraph | None = None
         stats_per_layer = []
         for index, layer in enumerate(cast(list[SparseTransformerLayer], self.layers)):
@@ -202,6 +205,17 @@ class CachedGraphSparseTransformer(SparseTransformer):
             x, stats = layer(x, return_stats, graph=graph)
             stats_per_layer.append({**stats, "graph_recomputed": recomputed} if return_stats else stats)
         return self.norm(x), stats_per_layer
+
+    def _forward_compiled(self, x: Tensor, graph_options: dict[str, Any]) -> tuple[Tensor, list[dict[str, Any]]]:
+        graph: compiled.RoutedGraph | None = None
+        layers = cast(list[SparseTransformerLayer], self.layers)
+        for index, layer in enumerate(layers):
+            q, k, v = layer.attn.project(layer.norm1(x))
+            if graph is None or index % self.reuse_every == 0:
+                graph = layer.attn.route_compiled(q, k, **graph_options)
+            hidden = x + layer.attn.apply_compiled(q, k, v, graph)
+            x = hidden + layer.ff(layer.norm2(hidden))
+        return self.norm(x), [{} for _ in layers]
 
 
 def neighbor_overlap(neighbors_a: Tensor, neighbors_b: Tensor, valid_a: Tensor, valid_b: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 from ssa_framework.errors import BackendUnavailableError, ConfigError, DtypeError, GraphError, ShapeError
 from ssa_framework.ops.neighbor_attention import reference, triton_support
 from ssa_framework.ops.neighbor_attention.dense import dense_attention
-from ssa_framework.ops.neighbor_attention.op import IMPLEMENTATIONS, neighbor_attention_op
+from ssa_framework.ops.neighbor_attention.op import IMPLEMENTATIONS, known_result, neighbor_attention_op
 from ssa_framework.ops.neighbor_attention.parts import GraphParts
 from ssa_framework.ops.summarize_keys import summarize_keys
 
@@ -87,6 +89,7 @@ def neighbor_attention(
     backend: str = "auto",
     dense: bool = False,
     zero_padding: bool = False,
+    known: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention of each query over its neighbors.
 
@@ -101,6 +104,8 @@ def neighbor_attention(
             one of `available_backends`.
         dense: a full graph may be computed by torch's dense attention, which returns no ``lse``.
         zero_padding: the keys and values are those of a cache: padded ones are zeros, and nothing is differentiable.
+        known: ``out`` and ``lse``, where they are there and only the gradients are wanted; they are computed all the
+            same where the graph is attended densely, or by ``"reference"``.
 
     Returns:
         ``out [B, H, N, Dv]`` in the dtype of ``q`` and the log-sum-exp of the scores ``lse [B, H, N]`` (float32, or
@@ -143,7 +148,10 @@ def neighbor_attention(
                 q_rows, k, v, parts, scale=scale, dropout_p=dropout_p, seed=seed, fp32_weights=fp32_weights
             )
         else:
-            out, lse = neighbor_attention_op(
+            run: Callable[..., tuple[Tensor, Tensor]] = neighbor_attention_op
+            if known is not None:
+                run = partial(known_result, known[0][:, :, rows], known[1][:, :, rows])
+            out, lse = run(
                 q_rows,
                 k,
                 v,

@@ -135,3 +135,24 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
 
 
 neighbor_attention_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _KnownResult(torch.autograd.Function):
+    """The op where its result is there already: only the backward pass computes anything."""
+
+    @staticmethod
+    def forward(ctx: Any, known: tuple[Tensor, Tensor], *inputs: Any) -> tuple[Tensor, Tensor]:
+        out, lse = known[0].detach(), known[1].detach()
+        _setup_context(ctx, inputs, (out, lse))
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+        gradients = _backward(ctx, grad_out, grad_lse)
+        return None, *gradients[:6], None, *gradients[-9:]  # None for the list of tensors, not for each of them
+
+
+def known_result(out: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+    """``neighbor_attention_op(*inputs)``, which is known to be ``out`` and ``lse``: differentiable, not computed."""
+    result: tuple[Tensor, Tensor] = _KnownResult.apply((out, lse), *inputs)
+    return result
