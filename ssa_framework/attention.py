@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ssa_framework.errors import CacheError, ConfigError, GraphError, MaskError,
 from ssa_framework.graph import NeighborGraph
 from ssa_framework.masks import MaskMod, make_edge_mask
 from ssa_framework.ops.neighbor_attention import neighbor_attention
-from ssa_framework.ops.neighbor_attention.api import check_backend, check_graph, check_tensors
+from ssa_framework.ops.neighbor_attention.api import check_backend, check_tensors
 from ssa_framework.registry import SourceRegistry, default_registry
 from ssa_framework.rotary import rotate
 from ssa_framework.router import Router
@@ -29,7 +30,7 @@ _routers: OrderedDict[tuple[Any, ...] | None, Router] = OrderedDict()
 _routers_lock = threading.Lock()
 
 
-def _functional_router(
+def functional_router(
     config: SSAConfig, query: Tensor, key: Tensor, causal: bool, registry: SourceRegistry | None
 ) -> Router:
     """A router for these heads on this device; its buffers follow from the seed, so it can be kept and shared."""
@@ -124,7 +125,7 @@ def build_graph(
         segment_ids=segment_ids,
         mask_mod=mask_mod,
     )
-    router = _functional_router(config, query, key, causal, registry)
+    router = functional_router(config, query, key, causal, registry)
     graph: NeighborGraph = router(query, key, mask, cross=cross, source_inputs=source_inputs)
     return graph
 
@@ -185,7 +186,7 @@ def sparse_attention(
         router = cache.owner
         if router is None:
             causal = is_causal or config.causal
-            router = _functional_router(config, query, key, causal, graph_options.get("registry"))
+            router = functional_router(config, query, key, causal, graph_options.get("registry"))
             cache.config = copy(config)
         elif cache.config != config:
             raise CacheError("this cache was filled with another configuration; reset() it, or use another cache")
@@ -262,6 +263,7 @@ class SparseAttention(nn.Module):
         self.Wv = nn.Linear(config.d_model, kv_width, bias=False)
         self.Wo = nn.Linear(width, config.d_model, bias=False)
         self.router = Router(config, registry=registry)
+        self.first_head = 0
 
     def project(
         self, x: Tensor, key_value: Tensor | None = None, positions: Tensor | None = None
@@ -275,9 +277,11 @@ class SparseAttention(nn.Module):
         Returns: ``q [B, H, N, D]``, ``k, v [B, Hkv, M, D]``, rotated if the configuration says so.
         """
         context = x if key_value is None else key_value
-        q = self.Wq(x).unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
-        k = self.Wk(context).unflatten(-1, (self.config.kv_heads, -1)).transpose(1, 2)
-        v = self.Wv(context).unflatten(-1, (self.config.kv_heads, -1)).transpose(1, 2)
+        # tensor parallelism leaves some of the heads here: the width of a head is what is certain
+        heads = (-1, self.config.head_dim)
+        q = self.Wq(x).unflatten(-1, heads).transpose(1, 2)
+        k = self.Wk(context).unflatten(-1, heads).transpose(1, 2)
+        v = self.Wv(context).unflatten(-1, heads).transpose(1, 2)
         if self.config.rope_base is not None and key_value is None:
             if positions is None:
                 positions = torch.arange(x.shape[1], device=x.device)
@@ -301,6 +305,8 @@ class SparseAttention(nn.Module):
         A two-dimensional ``attention_mask`` is ``[B, M]`` or ``[N, M]``; where B = N it must have four dimensions.
         """
         check_tensors(q, k, k)
+        if attention_mask is not None and attention_mask.dim() == 4 and q.shape[1] < attention_mask.shape[1]:
+            attention_mask = attention_mask.narrow(1, self.first_head, q.shape[1])
         mask = make_edge_mask(
             batch=q.shape[0],
             heads=q.shape[1],
@@ -314,6 +320,7 @@ class SparseAttention(nn.Module):
             mask_mod=mask_mod,
             two_dims="unambiguous",
         )
+        mask = replace(mask, head_offset=self.first_head)
         graph: NeighborGraph = self.router(q, k, mask, cross=cross, source_inputs=source_inputs)
         return graph
 
@@ -369,9 +376,11 @@ class SparseAttention(nn.Module):
             graph = self.build_graph(q, k, cross=key_value is not None, attention_mask=attention_mask, **graph_options)
         else:
             check_given_graph(graph, attention_mask, False, graph_options)
-            check_graph(q, k, graph)
         out = self.Wo(self.apply_graph(q, k, v, graph).transpose(1, 2).flatten(2))
-        return out, graph_stats(graph, self.config.head_dim) if return_stats else {}
+        return out, self._stats(graph) if return_stats else {}
+
+    def _stats(self, graph: NeighborGraph) -> dict[str, Any]:
+        return graph_stats(graph, self.config.head_dim)
 
     def _decode(
         self,

@@ -62,6 +62,14 @@ class CacheError(SSAError, ValueError):
     """A cache that does not fit what is appended to it, or that is used in a way that it does not serve."""
 
 
+class CheckpointError(SSAError, RuntimeError):
+    """A checkpoint that is damaged, or of another model."""
+
+
+class DistributedError(SSAError, RuntimeError):
+    """Ranks that do not agree, or a rank that died or did not answer."""
+
+
 class BackendUnavailableError(SSAError, RuntimeError, ValueError):
     """The backend that was asked for by name cannot serve this call."""
 
