@@ -12,6 +12,7 @@ from ssa_framework.distributed.context_parallel import (
 )
 from ssa_framework.distributed.layout import SequenceLayout
 from ssa_framework.distributed.tensor_parallel import tensor_parallel_plan
+from ssa_framework.distributed.thread_ranks import run_ranks
 
 __all__ = [
     "ContextParallel",
@@ -24,6 +25,7 @@ __all__ = [
     "count_traffic",
     "load_checkpoint",
     "parallelize_context",
+    "run_ranks",
     "save_checkpoint",
     "tensor_parallel_plan",
 ]

@@ -54,7 +54,7 @@ def count_traffic() -> Iterator[Traffic]:
 class Ranks:
     """A process group, and this process in it."""
 
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None
     rank: int
     size: int
 
@@ -118,7 +118,7 @@ class Ranks:
     @property
     def device(self) -> torch.device:
         """Where tensors of this group's collectives must lie."""
-        types = {d.type for d in self.group._device_types} if hasattr(self.group, "_device_types") else set()
+        types = {device.type for device in getattr(self.group, "_device_types", ())}
         if "cuda" in types and "cpu" not in types:
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
