@@ -176,7 +176,7 @@ def _is_first(ranks: Ranks | None) -> bool:
 
 def _wait(ranks: Ranks | None) -> None:
     if ranks is not None:
-        ranks.texts("", "checkpoints")
+        ranks.texts("here", "checkpoints")
 
 
 def _flush(path: Path) -> None:
