@@ -105,6 +105,10 @@ class Ranks:
         self._count(purpose, out.numel() - receive[self.rank] * row)
         return out.view(x.dtype).view(sum(receive), *x.shape[1:])
 
+    def all_gather_rows(self, x: Tensor, counts: Sequence[int], purpose: str) -> Tensor:
+        """``x [counts[r], ...]`` of every rank r, one after the other."""
+        return self.all_to_all(torch.cat([x] * self.size), [len(x)] * self.size, counts, purpose)
+
     def texts(self, text: str, purpose: str) -> list[str]:
         """A text of every rank."""
         device = self.device

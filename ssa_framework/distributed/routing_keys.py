@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ssa_framework.distributed.collectives import Ranks
+from ssa_framework.distributed.collectives import Ranks, pack_bits, unpack_bits
 from ssa_framework.distributed.layout import SequenceLayout
 from ssa_framework.distributed.needs import covered
 from ssa_framework.distributed.rows import RowExchange
@@ -97,7 +97,9 @@ class SegmentsOfRanks:
         rows, segments = starts.shape
         device = starts.device
         inside = torch.arange(length, device=device)
-        owner = self._owners(order, starts, length)
+        first, stop = (x[:, None, :, None] for x in seen)
+        looked_at = covered(first, stop, segments)[:, 0]  # [B or 1, F]
+        owner = self._owners(order, starts, length, looked_at)
         # the segments that each rank clusters, [rows, Fmax], -1 = fewer than others
         most = int(max((owner == rank).sum(1).max() for rank in range(self.ranks.size))) if owner.numel() else 0
         tasks = torch.stack([_first_true(owner == rank, most) for rank in range(self.ranks.size)])  # [W, rows, Fmax]
@@ -111,27 +113,34 @@ class SegmentsOfRanks:
         narrow = torch.int16 if length < 2**15 else torch.int32
         sizes = made.size.view(batch, heads, most, slots)
         offsets = (made.order.view(batch, heads, most, length) - begin[:, None]).clamp(min=0)
-        record = torch.cat([sizes, offsets], dim=3).to(narrow)
-        gathered = self.ranks.all_gather(record, "clusters for routing").int()  # [W, B, Hkv, Fmax, C + L]
         of_rank = tasks[:, :, None].expand(-1, batch, heads, -1)  # [W, B, Hkv, Fmax]
-        target = torch.where(of_rank < 0, segments, of_rank).permute(1, 2, 0, 3).flatten(2)
-        everything = gathered.permute(1, 2, 0, 3, 4).flatten(2, 3)
-        whole = torch.zeros((batch, heads, segments + 1, slots + length), dtype=torch.int32, device=device)
-        whole.scatter_(2, target[..., None].expand(-1, -1, -1, slots + length), everything)
-        size, offset = whole[:, :, :segments].split([slots, length], dim=3)
+        record = torch.cat([sizes, offsets], dim=3).to(narrow)[of_rank[self.ranks.rank] >= 0]
+        counts = (of_rank >= 0).flatten(1).sum(1).tolist()
+        gathered = self.ranks.all_gather_rows(record, counts, "clusters for routing").int()
+        head = torch.arange(batch * heads, device=device).view(batch, heads, 1) * segments
+        target = (head + of_rank)[of_rank >= 0]
+        whole = torch.zeros((batch * heads * segments, slots + length), dtype=torch.int32, device=device)
+        whole.index_copy_(0, target, gathered)
+        size, offset = whole.view(batch, heads, segments, -1).split([slots, length], dim=3)
         first_place = starts.clamp(min=0)[:, None, :, None]
         by_place = torch.where(starts[:, None, :, None] >= 0, first_place + offset, 0)
         start = size.cumsum(3) - size + torch.arange(segments, device=device)[:, None] * length
         start = torch.where(size > 0, start, 0).int()
-        centroids, variances = self._fetch_centroids(made, size, tasks, seen)
+        needed = looked_at[:, None, :, None] & (size > 0)
+        centroids, variances = self._fetch_centroids(made, needed, tasks)
         return Clusters(by_place.flatten(2).int(), start.flatten(2), size.flatten(2), centroids, variances)
 
-    def _owners(self, order: Tensor | None, starts: Tensor, length: int) -> Tensor:
-        """The rank that clusters each segment, the one that holds its middle key, int64 ``[B or 1, F]``; -1 = none."""
+    def _owners(self, order: Tensor | None, starts: Tensor, length: int, looked_at: Tensor) -> Tensor:
+        """The rank that clusters each segment, the one that holds its middle key, int64 ``[B or 1, F]``; -1 = none,
+        where no rank looks at it."""
+        somewhere = self.ranks.all_gather(pack_bits(looked_at.flatten()), "requests")
+        looked_at = torch.stack([unpack_bits(bits, looked_at.numel()) for bits in somewhere]).any(0).view_as(looked_at)
+        if starts.shape[0] < looked_at.shape[0]:
+            looked_at = looked_at.any(0, keepdim=True)
         middle = starts.clamp(min=0).long() + length // 2
         if order is not None:
             middle = order.long().expand(starts.shape[0], -1).gather(1, middle)
-        return torch.where(starts >= 0, self.layout.rank_of(middle), -1)
+        return torch.where((starts >= 0) & looked_at, self.layout.rank_of(middle), -1)
 
     def _fetch_keys(self, keys: Tensor) -> Tensor:
         """The keys ``[B or 1, P]``, -1 = none, each at most once, as float32 ``[B, Hkv, P, D]``."""
@@ -150,21 +159,17 @@ class SegmentsOfRanks:
         table = exchange.fetch(self.k.reshape(batch * heads * local, dim), "keys for routing")
         return table.view(batch, heads, count, dim).float()
 
-    def _fetch_centroids(
-        self, made: Clusters, size: Tensor, tasks: Tensor, seen: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
+    def _fetch_centroids(self, made: Clusters, needed: Tensor, tasks: Tensor) -> tuple[Tensor, Tensor | None]:
         """Centroids and variances of the segments that some query of this rank sees, zeros for the others.
 
         Args:
-            made: of the segments of this rank. size: int32 ``[B, Hkv, F, C]``, of all. tasks: int64 ``[W, B or 1,
-            Fmax]``, the segments of every rank. seen: see `ssa_framework.source.SpreadSegments`.
+            made: of the segments of this rank. needed: bool ``[B, Hkv, F, C]``. tasks: int64 ``[W, B or 1, Fmax]``,
+            the segments of every rank.
         """
-        batch, heads, segments, slots = size.shape
-        first, stop = (x[:, None, :, None] for x in seen)
-        needed = covered(first, stop, segments)[..., None] & (size > 0)
+        batch, heads, segments, slots = needed.shape
         padded = torch.nn.functional.pad(needed, (0, 0, 0, 1))  # the segment after the last is none
-        number = torch.arange(batch * heads, device=size.device).view(batch, heads, 1, 1) * segments
-        slot = torch.arange(slots, device=size.device)
+        number = torch.arange(batch * heads, device=needed.device).view(batch, heads, 1, 1) * segments
+        slot = torch.arange(slots, device=needed.device)
         wanted, places = [], []
         for task in tasks:
             index = torch.where(task < 0, segments, task).expand(batch, -1)[:, None, :, None]
