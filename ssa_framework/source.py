@@ -261,6 +261,10 @@ class NeighborSource(nn.Module):
     """What `propose` reads of the keys of a sequence that is spread over ranks: all of them; none; or segments, which
     it has clustered by ``ctx.spread`` (`SpreadSegments`), and of which it proposes no list that has to be scored."""
 
+    summarises: bool = False
+    """Whether `propose` may return `Summaries`. Where a sequence is spread over ranks, all of them must then make the
+    same ones, so each of them gets all keys, also those that none of its queries may attend."""
+
     layer: LayerSpec
 
     def __init__(self, layer: LayerSpec, **options: Any) -> None:

@@ -47,6 +47,7 @@ class SegmentSource(NeighborSource):
         self.width, self.spread = width, spread
         # all keys of what is opened are neighbors: nothing has to be scored
         self.routing_keys = "segments" if attend == "all" else "all"
+        self.summarises = summaries
 
     # -- what a subclass says ----------------------------------------------------------------------------------------
 

@@ -172,11 +172,12 @@ def build_shard_graph(
     kinds = {cast(Any, source).routing_keys for source in router.sources.values()}
     if any(cast(Any, source).learns for source in router.sources.values()):
         raise ConfigError("a source of this mix learns from its keys, whose gradients would have to reach other ranks")
+    summarises = any(cast(Any, source).summarises for source in router.sources.values())
     keys, spread = None, None
     # without a dense way, what fits the budget is a list, of which the best may still be chosen
     scored = router.dense_below == 0 and layout.length <= router.layer.num_neighbors
     if not everything and ("all" in kinds or scored):
-        keys = gather_keys(ranks, reach, k.detach())
+        keys = gather_keys(ranks, reach, k.detach(), everything=summarises)
     elif "segments" in kinds and not everything:
         spread = SegmentsOfRanks(layout, ranks, k.detach())
     stand_in = k.new_zeros(()).expand(*k.shape[:2], layout.length, k.shape[3])
@@ -190,6 +191,11 @@ def build_shard_graph(
         partial=True,
         spread=spread,
     )
+    if routed.summaries is not None and not summarises:
+        raise ConfigError(
+            "a source of this mix returns summaries and does not say so, so that ranks may have made different ones; "
+            "set summarises = True on its class"
+        )
     router.registry.graph_built(routed, router.layer)
     return _with_exchange(context, layout, routed, reach.keys(ranks.rank), k, keys)
 

@@ -56,11 +56,14 @@ class Reach:
         return number, names.numel()
 
 
-def gather_keys(ranks: Ranks, reach: Reach, k: Tensor) -> Tensor:
-    """``k [B, Hkv, N / W, D]`` of every rank → ``[B, Hkv, N, D]``; zeros for keys beyond the reach of this rank."""
+def gather_keys(ranks: Ranks, reach: Reach, k: Tensor, everything: bool) -> Tensor:
+    """``k [B, Hkv, N / W, D]`` of every rank → ``[B, Hkv, N, D]``; zeros for keys beyond the reach of this rank, unless
+    ``everything`` is asked for."""
     batch, heads, local, dim = k.shape
     layout = reach.layout
     here = layout.positions(ranks.rank, k.device)
+    if everything:
+        return layout.in_order(torch.cat(list(ranks.all_gather(k, "keys for routing")), dim=2), 2)
     mine = reach.keys(ranks.rank)
     head = torch.arange(batch * heads, device=k.device).view(batch, heads, 1)
     send, receive = [], []
