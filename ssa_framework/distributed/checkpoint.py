@@ -7,6 +7,9 @@ import os
 import re
 import shutil
 import uuid
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +58,8 @@ def save_checkpoint(
     _wait(ranks)
     rank = 0 if ranks is None else ranks.rank
     state = {**_training_state(model, optimizer), f"random.{rank}": _random_state()}
-    state_dict_saver.save(state, checkpoint_id=unfinished, no_dist=ranks is None)
+    with _one_process_is_fine():
+        state_dict_saver.save(state, checkpoint_id=unfinished, no_dist=ranks is None)
     target = directory / f"step-{step:09d}"
     if _is_first(ranks):
         manifest = {
@@ -102,7 +106,8 @@ def load_checkpoint(directory: str | Path, model: nn.Module, optimizer: torch.op
         mine = {f"{key}.{name}": name for name in random_state}
         if set(mine) <= known:
             state[key] = random_state
-        state_dict_loader.load(state, storage_reader=reader, no_dist=ranks is None)
+        with _one_process_is_fine():
+            state_dict_loader.load(state, storage_reader=reader, no_dist=ranks is None)
     except (RuntimeError, ValueError, KeyError, OSError, EOFError, CheckpointException) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"checkpoint {path.name} cannot be loaded into this model: {first}") from error
@@ -164,6 +169,13 @@ def _restore_random_state(state: dict[str, Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextmanager
+def _one_process_is_fine() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
 
 
 def _ranks() -> Ranks | None:
