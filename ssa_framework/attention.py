@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ssa_framework.errors import CacheError, GraphError, MaskError, ShapeError
 from ssa_framework.graph import NeighborGraph
 from ssa_framework.masks import MaskMod, make_edge_mask
 from ssa_framework.ops.neighbor_attention import neighbor_attention
-from ssa_framework.ops.neighbor_attention.api import check_backend, check_graph, check_tensors
+from ssa_framework.ops.neighbor_attention.api import check_backend, check_tensors
 from ssa_framework.registry import SourceRegistry
 from ssa_framework.rotary import rotate
 from ssa_framework.router import Router
@@ -239,6 +240,7 @@ class SparseAttention(nn.Module):
         self.Wo = nn.Linear(width, config.d_model, bias=False)
         self.router = Router(config, registry=registry)
         guard_checkpoints(self)
+        self.first_head = 0
 
     def project(
         self, x: Tensor, key_value: Tensor | None = None, positions: Tensor | None = None
@@ -252,9 +254,11 @@ class SparseAttention(nn.Module):
         Returns: ``q [B, H, N, D]``, ``k, v [B, Hkv, M, D]``, rotated if the configuration says so.
         """
         context = x if key_value is None else key_value
-        q = self.Wq(x).unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
-        k = self.Wk(context).unflatten(-1, (self.config.kv_heads, -1)).transpose(1, 2)
-        v = self.Wv(context).unflatten(-1, (self.config.kv_heads, -1)).transpose(1, 2)
+        # tensor parallelism leaves some of the heads here: the width of a head is what is certain
+        heads = (-1, self.config.head_dim)
+        q = self.Wq(x).unflatten(-1, heads).transpose(1, 2)
+        k = self.Wk(context).unflatten(-1, heads).transpose(1, 2)
+        v = self.Wv(context).unflatten(-1, heads).transpose(1, 2)
         if self.config.rope_base is not None and key_value is None:
             if positions is None:
                 positions = torch.arange(x.shape[1], device=x.device)
@@ -278,6 +282,8 @@ class SparseAttention(nn.Module):
         A two-dimensional ``attention_mask`` is ``[B, M]`` or ``[N, M]``; where B = N it must have four dimensions.
         """
         check_tensors(q, k, k)
+        if attention_mask is not None and attention_mask.dim() == 4 and q.shape[1] < attention_mask.shape[1]:
+            attention_mask = attention_mask.narrow(1, self.first_head, q.shape[1])
         mask = make_edge_mask(
             batch=q.shape[0],
             heads=q.shape[1],
@@ -291,6 +297,7 @@ class SparseAttention(nn.Module):
             mask_mod=mask_mod,
             two_dims="unambiguous",
         )
+        mask = replace(mask, head_offset=self.first_head)
         graph: NeighborGraph = self.router(q, k, mask, cross=cross, source_inputs=source_inputs)
         return graph
 
@@ -349,9 +356,11 @@ class SparseAttention(nn.Module):
             graph = self.build_graph(q, k, cross=key_value is not None, attention_mask=attention_mask, **graph_options)
         else:
             check_given_graph(graph, attention_mask, False, graph_options)
-            check_graph(q, k, graph)
         out = self.Wo(self.apply_graph(q, k, v, graph).transpose(1, 2).flatten(2))
-        return out, graph_stats(graph, self.config.head_dim) if return_stats else {}
+        return out, self._stats(graph) if return_stats else {}
+
+    def _stats(self, graph: NeighborGraph) -> dict[str, Any]:
+        return graph_stats(graph, self.config.head_dim)
 
     def route_compiled(
         self, q: Tensor, k: Tensor, attention_mask: Tensor | None = None, **graph_options: Any

@@ -66,6 +66,10 @@ class CheckpointError(SSAError, RuntimeError):
     """A state dict that is damaged, of another model, or of a layer that computes something else."""
 
 
+class DistributedError(SSAError, RuntimeError):
+    """Ranks that do not agree, or a rank that died or did not answer."""
+
+
 class BackendUnavailableError(SSAError, RuntimeError, ValueError):
     """The backend that was asked for by name cannot serve this call."""
 

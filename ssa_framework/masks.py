@@ -32,6 +32,7 @@ class EdgeMask:
         attn_mask: bool (True = attend) or additive floating point, ``[B or 1, H or 1, N or 1, M or 1]``.
         mask_mod: predicate over (batch, query head, query row, key), True = attend.
         row_offset, batch_offset: where this view starts in the full call (see `rows`).
+        head_offset: the first query head of this view; the others are on other ranks (tensor parallelism).
     """
 
     causal: bool
@@ -44,6 +45,7 @@ class EdgeMask:
     mask_mod: MaskMod | None = None
     row_offset: int = 0
     batch_offset: int = 0
+    head_offset: int = 0
 
     @property
     def has_explicit(self) -> bool:
@@ -131,7 +133,8 @@ class EdgeMask:
             bias = _as_bias(mask[index])
         if self.mask_mod is not None:
             batches = torch.arange(keys.shape[0] if keys.shape[0] > 1 else 1, device=device).view(-1, 1, 1, 1)
-            mod_bias = _as_bias(self.mask_mod(batches + self.batch_offset, heads, rows + self.row_offset, keys))
+            allowed = self.mask_mod(batches + self.batch_offset, heads + self.head_offset, rows + self.row_offset, keys)
+            mod_bias = _as_bias(allowed)
             bias = mod_bias if bias is None else bias + mod_bias
         return bias
 

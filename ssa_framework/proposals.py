@@ -134,9 +134,9 @@ class Summaries:
         first, stop: int32 ``[B or 1, N, R]``.
         opened: int32 ``[B or 1, G or 1, N, P]``: -1 = none; ``None``: no query opens any.
         made: means of keys ``[B, Hkv, C, D]``, means of values ``[B, Hkv, C, Dv]`` and logarithms of sizes
-            ``[B, Hkv, C]``, where a cache has them; for inference only, since nothing flows through them. A source
-            leaves it out. In return, a source that keeps a state must not change the members of a summary that some
-            query has seen, nor its number as long as ``count`` is the same.
+            ``[B, Hkv, C]``, where a cache has them, for inference only, or where other ranks have some of the keys. A
+            source leaves it out. In return, a source that keeps a state must not change the members of a summary that
+            some query has seen, nor its number as long as ``count`` is the same.
     """
 
     members: Tensor

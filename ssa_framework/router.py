@@ -33,7 +33,7 @@ from ssa_framework.proposals import (
     validate_proposals,
 )
 from ssa_framework.registry import SourceRegistry, default_registry
-from ssa_framework.source import LayerSpec, NeighborSource, RoutingContext, create_source
+from ssa_framework.source import LayerSpec, NeighborSource, RoutingContext, SpreadSegments, create_source
 from ssa_framework.summaries import clean_summaries
 
 DENSE_BELOW_IN_CACHE = 2048
@@ -182,8 +182,10 @@ class Router(nn.Module):
         source_inputs: Mapping[str, Any] | None = None,
         dense_below: int | None = None,
         cache: IndexStates | None = None,
+        partial: bool = False,
+        spread: SpreadSegments | None = None,
     ) -> NeighborGraph:
-        """`forward` with a given ``dense_below``, and unobserved."""
+        """`forward` with a given ``dense_below``, and unobserved. ``partial``, ``spread``: see `RoutingContext`."""
         inputs = dict(source_inputs or {})
         unknown = set(inputs) - set(self.sources)
         if unknown:
@@ -200,7 +202,9 @@ class Router(nn.Module):
             return self._full_graph(q, k, mask, {}, credit="dense")
         # Routing decides by comparing numbers, so it keeps the precision of what it is given.
         with torch.autocast(q.device.type, enabled=False):
-            return self._build(q, k, mask, active, inputs, may_be_dense=dense_below != 0, cache=cache)
+            return self._build(
+                q, k, mask, active, inputs, may_be_dense=dense_below != 0, cache=cache, partial=partial, spread=spread
+            )
 
     def _build(
         self,
@@ -211,10 +215,12 @@ class Router(nn.Module):
         inputs: Mapping[str, Any],
         may_be_dense: bool,
         cache: IndexStates | None,
+        partial: bool,
+        spread: SpreadSegments | None,
     ) -> NeighborGraph:
         keys = k.shape[2]
         routing_q = self._routing_queries(q, k)
-        collected = self._collect(routing_q, k, mask, active, inputs, cache)
+        collected = self._collect(routing_q, k, mask, active, inputs, cache, partial, spread)
         records = {name: SourceRecord() for name in active if name in {n for n, _ in collected}}
         for name, proposal in collected:
             if isinstance(proposal, Band):
@@ -309,6 +315,8 @@ class Router(nn.Module):
         active: Mapping[str, nn.Module],
         inputs: Mapping[str, Any],
         cache: IndexStates | None,
+        partial: bool,
+        spread: SpreadSegments | None,
     ) -> list[tuple[str, Proposal]]:
         """What every source proposes, by its name, in the order of the sources."""
         collected: list[tuple[str, Proposal]] = []
@@ -326,6 +334,9 @@ class Router(nn.Module):
                     seed=self.layer.seed,
                     inputs=inputs.get(name),
                     decoding=cache is not None,
+                    partial=partial,
+                    first_graph_head=mask.head_offset * self.layer.graph_heads // self.layer.num_heads,
+                    spread=spread,
                 )
                 if ctx.num_keys == 0 or ctx.num_queries == 0 or ctx.batch == 0:
                     continue  # nothing to route; the graph is empty

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from ssa_framework.errors import ConfigError, UnknownOptionError
 from ssa_framework.masks import EdgeMask
 from ssa_framework.proposals import Proposal
+
+if TYPE_CHECKING:
+    from ssa_framework.ops.cluster_keys.types import Clusters
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,30 @@ class LayerSpec:
     seed: int = 0
 
 
+class SpreadSegments(Protocol):
+    """Clusters of segments whose keys lie on several ranks: every rank clusters some of the segments."""
+
+    def clusters(
+        self,
+        order: Tensor | None,
+        starts: Tensor,
+        length: int,
+        slots: int,
+        seen: tuple[Tensor, Tensor],
+        cluster: Callable[[Tensor, Tensor], Clusters],
+    ) -> Clusters:
+        """The clusters of all segments, as ``cluster(keys, starts)`` makes them of all keys.
+
+        Args:
+            order: int32 ``[B or 1, M]``, the key at each place; ``None`` = keys stand where they are.
+            starts: int32 ``[B or 1, F]``, the place where each segment begins; -1 = not used.
+            length: keys of a segment. slots: of a segment in what ``cluster`` returns.
+            seen: int32 ``[B or 1, N]``, first and one past the last segment whose centroids each query looks at; those
+                of others may be zeros.
+            cluster: clusters of the segments of keys by place ``[B, Hkv, places, D]`` that begin at ``[B, F]``.
+        """
+
+
 @dataclass(frozen=True)
 class RoutingContext:
     """What a source sees of one call. All tensors are detached unless the source sets ``learns``.
@@ -52,6 +79,12 @@ class RoutingContext:
             proposed for them must not depend on how the tokens were cut into calls.
         state: what the source keeps in that cache, of all keys; ``None`` where it keeps nothing.
         first_new: in `NeighborSource.append`, the first key that the state does not hold yet.
+        partial: the queries are some of those of the whole call, the ones at ``positions``: the other ranks of a
+            context-parallel group have the rest.
+        first_graph_head: the number of the first graph head in the layer; above 0 where tensor parallelism gave those
+            before to other ranks.
+        spread: how to cluster segments of keys that lie on several ranks; ``shared_k`` is then a stand-in that holds
+            no keys. ``None``: the keys are here.
     """
 
     q: Tensor
@@ -63,6 +96,9 @@ class RoutingContext:
     decoding: bool = False
     state: Any = None
     first_new: int = 0
+    partial: bool = False
+    first_graph_head: int = 0
+    spread: SpreadSegments | None = None
 
     @property
     def batch(self) -> int:
@@ -220,6 +256,14 @@ class NeighborSource(nn.Module):
     rebuilds: ClassVar[bool] = True
     """True where `propose` looks at all keys in every step of decoding, since the source keeps no state of them. False
     where it keeps one, or where it needs no keys; it then says so."""
+
+    routing_keys: Literal["all", "segments", "none"] = "all"
+    """What `propose` reads of the keys of a sequence that is spread over ranks: all of them; none; or segments, which
+    it has clustered by ``ctx.spread`` (`SpreadSegments`), and of which it proposes no list that has to be scored."""
+
+    summarises: bool = False
+    """Whether `propose` may return `Summaries`. Where a sequence is spread over ranks, all of them must then make the
+    same ones, so each of them gets all keys, also those that none of its queries may attend."""
 
     layer: LayerSpec
 

@@ -47,6 +47,7 @@ class Edges(NeighborSource):
     """
 
     rebuilds = False
+    routing_keys = "none"
 
     edge_index: Tensor | None
 
@@ -66,7 +67,9 @@ class Edges(NeighborSource):
 
     def propose(self, ctx: RoutingContext) -> Candidates:
         index, queries = self._given(ctx.inputs)
-        if ctx.decoding:
+        if ctx.partial:
+            index, queries = _of_rows(index.to(ctx.device), ctx.positions[0].long(), ctx.num_keys), None
+        elif ctx.decoding:
             index, queries = _of_new_tokens(index.to(ctx.device), ctx.num_keys - ctx.num_queries, ctx.num_keys), None
         if queries is not None and queries != ctx.num_queries:
             raise ConfigError(
@@ -171,6 +174,15 @@ def _of_new_tokens(index: Tensor, first: int, keys: int) -> Tensor:
     index = index[:, here].clone()
     index[-2] -= first
     return index
+
+
+def _of_rows(index: Tensor, positions: Tensor, keys: int) -> Tensor:
+    """The edges of the queries at ``positions [N]``, with queries counted by their row."""
+    _check_range(index[-2], "query", keys)
+    row = torch.full((keys,), -1, dtype=torch.int64, device=index.device)
+    row[positions] = torch.arange(positions.numel(), device=index.device)
+    index = torch.cat([index[:-2], row[index[-2]][None], index[-1:]])
+    return index[:, index[-2] >= 0]
 
 
 def _check_range(values: Tensor, what: str, size: int) -> None:

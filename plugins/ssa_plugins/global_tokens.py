@@ -15,6 +15,7 @@ class GlobalTokens(NeighborSource):
     """
 
     rebuilds = False
+    routing_keys = "none"
 
     def __init__(self, layer: LayerSpec, *, tokens: int = 2, indices: Sequence[int] | None = None) -> None:
         super().__init__(layer)

@@ -31,6 +31,7 @@ class RandomLinks(NeighborSource):
     """
 
     rebuilds = False
+    routing_keys = "none"
 
     def __init__(self, layer: LayerSpec, *, links: int = 3, per_head: bool = True) -> None:
         super().__init__(layer)
@@ -45,6 +46,7 @@ class RandomLinks(NeighborSource):
         first, last = (bound[:, None, :, None].long() for bound in ctx.span)  # [B or 1, 1, N, 1]
         heads = torch.arange(ctx.graph_heads if self.per_head else 1, device=ctx.device).view(1, -1, 1, 1)
         slots = torch.arange(self.links, device=ctx.device)
+        heads = heads + (ctx.first_graph_head if self.per_head else 0)
         bits = _hash(self.layer.seed, heads, ctx.positions[:, None, :, None].long(), slots)
         size = last - first + 1  # below 2^31, so the product below stays within int64
         keys = torch.where(size > 0, first + ((bits * size) >> 32), -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import get_args
 
 from torch import Tensor
@@ -44,6 +45,9 @@ class SegmentSource(NeighborSource):
         super().__init__(layer)
         self.levels, self.keys, self.attend, self.summaries = levels, keys, attend, summaries
         self.width, self.spread = width, spread
+        # all keys of what is opened are neighbors: nothing has to be scored
+        self.routing_keys = "segments" if attend == "all" else "all"
+        self.summarises = summaries
 
     # -- what a subclass says ----------------------------------------------------------------------------------------
 
@@ -98,8 +102,9 @@ class SegmentSource(NeighborSource):
         """The keys by place, cut into the segments of the first level, and the levels that have full segments."""
         places = [Places.of(ctx, segment) for segment, _ in sizes]
         own, levels = places[0], []
-        # once for all levels; all of them place the keys alike
-        keys = ctx.shared_k.float().contiguous() if own.order is None else take(ctx.shared_k.float(), own.order)
+        keys: Tensor | None = None
+        if ctx.spread is None:  # once for all levels; all of them place the keys alike
+            keys = ctx.shared_k.float().contiguous() if own.order is None else take(ctx.shared_k.float(), own.order)
         for i, size in enumerate(sizes):
             here, first = places[i], None
             if not here.starts.shape[1]:
@@ -107,7 +112,15 @@ class SegmentSource(NeighborSource):
             if i + 1 < len(sizes):  # what is full on the next level is seen there
                 above = places[i + 1]
                 first = here.first + (above.stop - above.first) * (sizes[i + 1][0] // size[0])
-            levels.append(Level.of(ctx, here, self.cluster(keys, here.starts, size), first))
+            if keys is not None:
+                clusters = self.cluster(keys, here.starts, size)
+            else:
+                assert ctx.spread is not None
+                seen = here.first if first is None else first, here.stop
+                clusters = ctx.spread.clusters(
+                    own.order, here.starts, size[0], self.slots(size), seen, functools.partial(self.cluster, level=size)
+                )
+            levels.append(Level.of(ctx, here, clusters, first))
         return own, levels
 
     # -- decoding: segments are clustered when they are full ---------------------------------------------------------

@@ -8,6 +8,7 @@ class SelfEdge(NeighborSource):
 
     needs_positions = True
     rebuilds = False
+    routing_keys = "none"
 
     def propose(self, ctx: RoutingContext) -> Band:
         return Band(before=0, after=0)

@@ -32,6 +32,7 @@ class Strided(NeighborSource):
 
     needs_positions = True
     rebuilds = False
+    routing_keys = "none"
 
     def __init__(
         self,

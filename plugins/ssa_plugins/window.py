@@ -12,6 +12,7 @@ class Window(NeighborSource):
 
     needs_positions = True
     rebuilds = False
+    routing_keys = "none"
 
     def __init__(self, layer: LayerSpec, *, size: int = 8) -> None:
         super().__init__(layer)

@@ -264,7 +264,8 @@ def _summary_parts(summaries: Summaries | None, k: Tensor, v: Tensor) -> dict[st
 
 def _checked_tables(summaries: Summaries, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     assert summaries.made is not None
-    if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+    made_with_gradients = summaries.made[0].requires_grad or summaries.made[1].requires_grad
+    if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad) and not made_with_gradients:
         raise GraphError("the summaries of this graph were made by a cache, and no gradient flows through them")
     lead = (*k.shape[:2], summaries.count)
     wanted = (*lead, k.shape[3]), (*lead, v.shape[3]), lead
