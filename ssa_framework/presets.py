@@ -7,12 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "quality": {"levels": [[512, 16], [2048, 32], [8192, 64]], "keys": 384},
-    "balanced": {"levels": [[256, 8], [2048, 32], [8192, 64]], "keys": 192},
+    "quality": {"levels": [[512, 8], [2048, 8], [8192, 32], [32768, 64]], "keys": 384, "iterations": 3},
+    "balanced": {"levels": [[256, 8], [2048, 8], [8192, 64], [32768, 96]], "keys": 192, "iterations": 3},
     "fast": {"levels": [[512, 16], [2048, 32], [8192, 64]], "keys": 128},
 }
 """Options of the ``clusters`` source, which each preset joins with the first four tokens: those hold much of the
-attention of trained models, whatever the query (Xiao et al., StreamingLLM, 2023)."""
+attention of trained models, whatever the query (Xiao et al., StreamingLLM, 2023).
+
+Up to 8,192 keys back, `quality` and `balanced` keep clusters of 8 keys, but fit them on longer segments: a text that
+repeats itself word for word needs single keys thousands of tokens back, which clusters of 32 keys blur. Farther back
+clusters grow, so that their number, which is what a query ranks, stays near 1,500."""
 
 LEADING_TOKENS = 4
 

@@ -91,7 +91,7 @@ def test_rebuild_decodes_what_a_prefill_computes(name: str) -> None:
     torch.testing.assert_close(torch.stack(steps.logits, dim=1), whole[:, 99:-1], **TOLERANCE)
 
 
-@pytest.mark.parametrize("decode", ["dense", "rebuild"])
+@pytest.mark.parametrize("decode", ["sparse", "dense", "rebuild"])
 def test_generate_left_padded_is_as_alone(decode: Any) -> None:
     model, prompts, mask = causal_lm("llama"), tokens(3, 100), padding(3, 100, "left", 30)
     use_sparse_attention(model, sparse_mix(), dense_layers=(), decode=decode)
@@ -107,6 +107,6 @@ def test_dense_decode_sees_every_key() -> None:
     model, ids = causal_lm("llama"), tokens(1, LENGTH)
     cached = model(ids[:, :-1], use_cache=True).past_key_values
     dense = model(ids[:, -1:], past_key_values=cached).logits
-    use_sparse_attention(model, sparse_mix(), dense_layers=())
+    use_sparse_attention(model, sparse_mix(), dense_layers=(), decode="dense")
     cached.crop(-1)
     torch.testing.assert_close(model(ids[:, -1:], past_key_values=cached).logits, dense, **TOLERANCE)

@@ -72,7 +72,7 @@ def test_packed(name: str, source: str) -> None:
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
-@pytest.mark.parametrize("decode", ["dense", "rebuild"])
+@pytest.mark.parametrize("decode", ["sparse", "dense"])
 @pytest.mark.parametrize("name", CAUSAL)
 def test_generate_left_padded(name: str, decode: Any, options: dict[str, Any], source: str) -> None:
     model, ids = causal_lm(name), tokens(3, 30)
@@ -84,7 +84,7 @@ def test_generate_left_padded(name: str, decode: Any, options: dict[str, Any], s
     assert torch.equal(sparse, dense)
 
 
-@pytest.mark.parametrize("decode", ["dense", "rebuild"])
+@pytest.mark.parametrize("decode", ["sparse", "dense", "rebuild"])
 def test_prompt_in_chunks(decode: Any) -> None:
     """Many new tokens behind cached keys are routed, whatever is done with decode steps."""
     model, ids = causal_lm("llama"), tokens()
@@ -137,7 +137,7 @@ def test_generate_encoder_and_decoder() -> None:
     model, ids = bart(), tokens(2, 30)
     options = {"attention_mask": padding(2, 30, "right", 9), "max_new_tokens": 5, "do_sample": False, "num_beams": 2}
     dense = model.generate(ids, **options)
-    with use_sparse_attention(model, everything("topk"), dense_layers=(), decode="rebuild"):
+    with use_sparse_attention(model, everything("topk"), dense_layers=()):
         assert torch.equal(model.generate(ids, **options), dense)
 
 

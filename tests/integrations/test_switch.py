@@ -383,7 +383,7 @@ def test_source_with_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"dense_layers": (True,)}, ConfigError, "dense_layers: layer True"),
         ({"layers": {-5: "dense"}}, ConfigError, "layers: layer -5 does not exist"),
         ({"dense_layers": range(4)}, ConfigError, "no layer would be sparse: of 4 layers"),
-        ({"decode": "sparse"}, ConfigError, "decode must be one of 'dense', 'rebuild', got 'sparse'"),
+        ({"decode": "never"}, ConfigError, "decode must be one of 'sparse', 'dense', 'rebuild', got 'never'"),
     ],
     ids=str,
 )

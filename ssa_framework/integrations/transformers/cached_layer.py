@@ -143,6 +143,9 @@ class SparseCacheLayer(DynamicLayer):
         if not known or not self.is_initialized:
             return
         length, self._last = self.keys.shape[-2], self.keys
+        if not length:
+            self._forget()  # the next batch may be of another size
+            return
         for room in self._rooms or ():
             room.crop(length)
         for held in self._held.values():
