@@ -45,48 +45,6 @@ def test_ranges_that_overlap_or_hold_nothing() -> None:
     agree(whole_numbers(1, 2, 4, 8, seed=4), random_clusters(1, 2, 61, 8), (low, strided), 150, 20)
 
 
-@pytest.mark.parametrize(("budget", "most", "ranges"), [(40, 8, 1), (100_000, 16, 1), (60, 16, 3)])
-def test_several_chunks(monkeypatch: pytest.MonkeyPatch, budget: int, most: int, ranges: int) -> None:
-    """Rows of few and of many clusters, ranges that overlap from chunk to chunk."""
-    monkeypatch.setattr(triton_cuda, "CHUNK", 32)
-    generator = torch.Generator().manual_seed(7)
-    low = torch.randint(0, 60, (1, 9, ranges), generator=generator, dtype=torch.int32)
-    limits = low, low + torch.randint(0, 70, low.shape, generator=generator, dtype=torch.int32)
-    limits[1][0, 0] = limits[0][0, 0] + 2
-    agree(whole_numbers(1, 1, 9, 5, seed=4), random_clusters(1, 1, 120, 5), limits, budget, most, 0.25)
-
-
-@pytest.mark.parametrize("score", [0.0, -3.0])
-def test_equal_scores_in_several_chunks(monkeypatch: pytest.MonkeyPatch, score: float) -> None:
-    """More of them reach the bound than are kept, and lower numbers come later: the last range is the first."""
-    monkeypatch.setattr(triton_cuda, "CHUNK", 32)
-    clusters = random_clusters(1, 1, 110, 4)
-    clusters = replace(clusters, centroids=torch.full_like(clusters.centroids, score))
-    limits = torch.tensor([[[0, 40], [0, 100]]]).int(), torch.tensor([[[60, 110], [0, 7]]]).int()
-    agree(torch.tensor([1.0, -1.0])[:, None].expand(1, 1, 2, 4), clusters, limits, 100_000, 16)
-
-
-def test_nearly_equal_scores_beside_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scores that differ in bits below those of a bound, of which one row has more than are kept."""
-    monkeypatch.setattr(triton_cuda, "CHUNK", 32)
-    clusters = random_clusters(1, 1, 70, 16)
-    centroids = torch.zeros_like(clusters.centroids)
-    centroids[..., 0] = 1024
-    centroids[..., 1] = torch.arange(70).flip(0) / 64
-    centroids[..., 2] = torch.arange(70) % 7
-    q = torch.zeros(1, 1, 3, 16)
-    q[0, 0, :, :3] = torch.tensor([[1.0, 1, 0], [0, 0, -1], [-1, 0.5, 0]])
-    everything = torch.zeros(1, 3).int(), torch.full((1, 3), 70).int()
-    agree(q, replace(clusters, centroids=centroids), everything, 100_000, 16)
-
-
-@pytest.mark.parametrize("tile", [(128, 32, 8, 3, 1), (64, 64, 8, 2, 1)], ids=["128 rows", "four lists"])
-def test_other_tiles(monkeypatch: pytest.MonkeyPatch, tile: tuple[int, int, int, int, int]) -> None:
-    monkeypatch.setattr(triton_cuda, "NARROW", triton_cuda.Tile(*tile))
-    q, clusters = whole_numbers(1, 1, 130, 8, seed=4), random_clusters(1, 1, 90, 8)
-    agree(q, clusters, causal_limits(130, 90), 200, 20, 0.5)
-
-
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy, about inf - inf
 def test_ties_and_scores_that_compare_with_nothing() -> None:
     clusters = random_clusters(1, 1, 50, 4, high=1)

@@ -21,32 +21,23 @@ _MAX_WIDTH = 256
 
 
 class Tile(NamedTuple):
-    """Queries and clusters of a tile, and how a program runs: ``stages`` tiles on their way, ``programs`` of them on a
-    multiprocessor."""
+    """Queries and clusters of a tile, and how a program runs: ``programs`` of them on a multiprocessor."""
 
     rows: int
     clusters: int
     warps: int
-    stages: int
     programs: int
 
 
-NARROW, WIDE = Tile(64, 32, 4, 3, 2), Tile(64, 32, 4, 2, 1)
-"""Up to 128 coordinates, and more: as shared memory allows."""
-
-CHUNK = 512
-"""Clusters that are scored before those that may be opened are chosen; a program's scores take ``4 * rows * CHUNK``
-bytes, those of all programs should fit the L2 cache."""
-
-
 def tile_for(width: int) -> Tile:
-    return NARROW if width <= 128 else WIDE
+    """As registers allow (255 a thread)."""
+    return Tile(64, 64, 4, 2) if width <= 128 else Tile(64, 32, 4, 1)
 
 
 def _shared_memory(width: int, parts: int) -> int:
-    """Bytes: queries in ``parts`` and their squares, tables of the tiles on their way, scores that change threads."""
+    """Bytes, about: queries in ``parts`` and their squares, three tables of a tile of clusters, and what moves."""
     tile = tile_for(width)
-    return 2 * width * ((parts + 1) * tile.rows + 3 * tile.stages * tile.clusters) + 4 * tile.rows * tile.clusters
+    return 2 * width * ((parts + 1) * tile.rows + 3 * tile.clusters) + 2 * tile.clusters**2 + 8 * 1024
 
 
 def _padded(dim: int) -> int:
@@ -104,41 +95,36 @@ def rank(
     blocks = triton.cdiv(queries, tile.rows)
     items = blocks * heads * batch
     programs = min(items, tile.programs * _multiprocessors(q.device))
-    kept = max(16, triton.next_power_of_2(most))
-    lists = 32 * tile.warps // tile.rows
-    capacity = triton.next_power_of_2(CHUNK // lists + kept)
+    kept = max(32, triton.next_power_of_2(most * 5 // 4))
+    capacity = max(4 * tile.clusters, 2 * kept)
     scratch = Scratch(
-        torch.empty((programs, tile.rows, CHUNK), dtype=torch.int32, device=q.device),
-        torch.empty((programs, tile.rows, lists, capacity), dtype=torch.int64, device=q.device),
-        torch.empty((programs, lists, tile.rows), dtype=torch.int32, device=q.device),
-        torch.empty((programs, tile.rows), dtype=torch.int32, device=q.device),
+        torch.empty((programs, tile.rows, capacity), dtype=torch.int64, device=q.device),
+        *(torch.empty((programs, tile.rows), dtype=torch.int32, device=q.device) for _ in range(2)),
     )
     rank_kernel[(programs,)](
         q, *q.stride(), _table(clusters, width, tile.clusters, bool(spread)),
         Limits(low, high, low.stride(0) if low.shape[0] > 1 else 0, low.stride(1), low.stride(2), low.shape[2]),
         Opened(numbers, start, end, most, min(budget, 2**31 - 1)), scratch,
         blocks, heads, kv_heads, items, queries, float(spread),
-        D=dim, W=width, ROWS=tile.rows, CLUSTERS=tile.clusters, CHUNK=CHUNK, LISTS=lists, CAPACITY=capacity, KEPT=kept,
-        SORTED=min(tile.rows, 16 * 32 * tile.warps // kept), PARTS=_parts(q),
-        num_warps=tile.warps, num_stages=tile.stages,
+        D=dim, W=width, ROWS=tile.rows, CLUSTERS=tile.clusters, CAPACITY=capacity, KEPT=kept,
+        SORTED=min(tile.rows, 32 * 32 * tile.warps // kept), PARTS=_parts(q),
+        num_warps=tile.warps, num_stages=1,
     )  # fmt: skip
     return OpenedClusters(numbers, start, end)
 
 
 def _table(clusters: Clusters, width: int, more: int, spread: bool) -> Table:
     """What the kernel multiplies; ``more`` rows of zeros behind the last one, since it reads whole tiles."""
-    centroids = clusters.centroids
-    batch, kv_heads, slots, dim = centroids.shape
+    batch, kv_heads, slots, dim = clusters.centroids.shape
     rows = batch * kv_heads * slots
     tables = [
-        torch.empty((rows + more, width), dtype=torch.bfloat16, device=centroids.device)
+        torch.empty((rows + more, width), dtype=torch.bfloat16, device=clusters.centroids.device)
         for _ in range(3 if spread else 2)
     ]
     high, low, rounded = tables if spread else (*tables, None)
-    size = torch.empty(rows + more, dtype=torch.int32, device=centroids.device)
     variances = clusters.variances.float().contiguous() if spread and clusters.variances is not None else None
     split_kernel[(triton.cdiv(rows + more, 16),)](
-        centroids.float().contiguous(), variances, clusters.size.contiguous(), high, low, rounded, size,
-        rows, rows + more, D=dim, W=width, ROWS=16, num_warps=4,
+        clusters.centroids.float().contiguous(), variances, high, low, rounded, rows, rows + more,
+        D=dim, W=width, ROWS=16, num_warps=4,
     )  # fmt: skip
-    return Table(high, low, rounded, clusters.start.contiguous(), size, slots)
+    return Table(high, low, rounded, clusters.start.contiguous(), clusters.size.contiguous(), slots)

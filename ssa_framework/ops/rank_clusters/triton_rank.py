@@ -1,14 +1,8 @@
-"""The ranking kernel: scores of a chunk of clusters, then the few of them that can still be opened, chunk by chunk.
+"""The ranking kernel: scores of a tile of clusters, of which those that can still be opened go to a small buffer.
 
 Scores are compared as int32 that rise as float32 do. A row needs no cluster below its *bound*, if clusters at or above
 the bound already have as many keys as the budget, or are as many as may be opened. Bounds come from buckets: every
-column of the tiles keeps the largest score that it has seen, and the size of that cluster. What reaches the bound is an
-*entry*: an int64 that is larger for higher scores and, of equal ones, for lower numbers.
-
-Products and choice are loops of their own, because only a loop without branches and inner loops has its loads issued
-ahead of their use. The scores between them are written to memory, so few at a time that they stay in the L2 cache, and
-in an order in which each thread finds its own: a row's clusters go to ``LISTS`` lists, and a thread owns a list. It
-writes what it chooses to the end of its list, and nothing is exchanged between threads.
+column of the tiles keeps the largest score that it has seen, and the size of that cluster.
 """
 
 from __future__ import annotations
@@ -21,9 +15,7 @@ import triton.language as tl
 from ssa_framework.ops.triton_runtime import INTERPRETED, dot
 
 _LOWEST = tl.constexpr(-(2**31))
-_LOWEST_FINITE = tl.constexpr(-(2**31) + 2**23)  # of the ordered scores; -inf is one less
 _LOWEST_ENTRY = tl.constexpr(-(2**63))
-_HIGHEST_ENTRY = tl.constexpr(2**63 - 1)
 _LAST = tl.constexpr(2**31 - 1)
 _SIZE_BITS = tl.constexpr(255)  # of a bucket, the low ones: the size of its cluster, at most 255
 _ONE = tl.constexpr(1 << 20)  # added to a size, counts the buckets in a sum of sizes
@@ -32,8 +24,7 @@ _STEPS = tl.constexpr(9)
 
 class Table(NamedTuple):
     """Clusters of each KV head, contiguous: bfloat16 ``[B * Hkv * S + CLUSTERS, W]``, the parts ``high`` and ``low`` of
-    centroids, and variances (``None``: they do not count); ``size`` int32 ``[B * Hkv * S + CLUSTERS]``; ``start`` int32
-    ``[B, Hkv, S]``; and S."""
+    centroids, and variances (``None``: they do not count); ``start`` and ``size`` int32 ``[B, Hkv, S]``; and S."""
 
     high: Any
     low: Any
@@ -65,11 +56,9 @@ class Opened(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Of each program: ``scores`` int32 ``[CHUNK / LISTS / 4, LISTS, ROWS, 4]``, ordered; ``entries`` int64
-    ``[ROWS, LISTS, CAPACITY]``, clusters that may be opened; ``counts`` int32 ``[LISTS, ROWS]``, how many there are;
-    and ``bounds`` int32 ``[ROWS]``."""
+    """Of each program: ``entries`` int64 ``[ROWS, CAPACITY]``, clusters that may be opened; ``counts`` int32
+    ``[ROWS]``, how many there are; and ``bounds`` int32 ``[ROWS]``."""
 
-    scores: Any
     entries: Any
     counts: Any
     bounds: Any
@@ -85,15 +74,11 @@ def _parts(x):
 
 @triton.jit
 def split_kernel(
-    centroids, variances, sizes, high, low, rounded, padded, rows, all_rows,
-    D: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    centroids, variances, high, low, rounded, rows, all_rows, D: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr
+):
     """float32 ``[rows, D]`` → bfloat16 ``[all_rows, W]``, zeros behind: both parts of centroids, ``rounded``
-    variances; int32 ``sizes [rows]`` → ``padded [all_rows]``."""
-    rows_here = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    size = tl.load(sizes + rows_here, mask=rows_here < rows, other=0)
-    tl.store(padded + rows_here, size, mask=rows_here < all_rows)
-    row = rows_here[:, None]
+    variances."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     dims = tl.arange(0, W)[None, :]
     some = (row < rows) & (dims < D)
     out = row * W + dims
@@ -129,7 +114,7 @@ def _score_of(ordered):
 def _raised(bound, buckets, budget, most):
     """A higher ``bound [ROWS]`` for what ``buckets [ROWS, CLUSTERS]`` hold, by bisection; any that is enough is
     right."""
-    filled = buckets >= _LOWEST_FINITE
+    filled = buckets > _LOWEST + _SIZE_BITS
     every = tl.sum(tl.where(filled, (buckets & _SIZE_BITS) + _ONE, 0), 1)
     enough = ((every & (_ONE - 1)) >= budget) | ((every >> 20) >= most)
     lowest = tl.min(tl.where(filled, buckets, _LAST), 1)
@@ -151,12 +136,12 @@ def _scores(
     W: tl.constexpr, CLUSTERS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """``[ROWS, CLUSTERS]`` of queries ``x + rest [ROWS, W]`` and the clusters in row ``first`` of the table and on."""
-    inner = tl.arange(0, CLUSTERS)[:, None] * W + tl.arange(0, W)[None, :]
+    at = (first + tl.arange(0, CLUSTERS)[:, None]) * W + tl.arange(0, W)[None, :]
     # all on their way before the first is used
-    low = tl.trans(tl.load(table.low + first * W + inner))
-    high = tl.trans(tl.load(table.high + first * W + inner))
+    low = tl.trans(tl.load(table.low + at))
+    high = tl.trans(tl.load(table.high + at))
     if table.variances is not None:
-        variances = tl.trans(tl.load(table.variances + first * W + inner))
+        variances = tl.trans(tl.load(table.variances + at))
     scores = dot(x, low, tl.zeros((x.shape[0], CLUSTERS), tl.float32), "ieee")
     if PARTS == 2:
         more = dot(rest, high, tl.zeros((x.shape[0], CLUSTERS), tl.float32), "ieee")
@@ -167,142 +152,73 @@ def _scores(
 
 
 @triton.jit
-def _score_chunk(
-    x, rest, squares, table, of_head, low, high, start, tiles, fresh, buckets, scores,
-    ROWS: tl.constexpr, CLUSTERS: tl.constexpr, LISTS: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """Write the ordered ``scores`` of ``tiles`` tiles of clusters from ``start`` on, the lowest number for those
-    outside of ``low, high [ROWS]``. Returns the ``buckets [ROWS, CLUSTERS]``, which see them only if they are
-    ``fresh``: with a cluster that counts twice, a bound would be too high."""
-    each: tl.constexpr = CLUSTERS // LISTS
-    column = tl.arange(0, CLUSTERS)
-    of_four = column // 4 % (each // 4) * (LISTS * ROWS) + column // each * ROWS
-    out = scores + (of_four[None, :] + tl.arange(0, ROWS)[:, None]) * 4 + (column % 4)[None, :]
-    span = tl.maximum(high - low, 0).to(tl.uint32)
-    score_bits = tl.where(fresh, -1 - _SIZE_BITS, 0)
-    lowest = tl.where(fresh, 0, _LOWEST)
-    for tile in range(tiles):
-        first = start + tile * CLUSTERS
-        number = first + column
-        size = tl.load(table.size + (of_head + first) + column)
-        # [ROWS, CLUSTERS]
-        score = _scores(x, rest, squares, table, of_head + first, W, CLUSTERS, PARTS)
-        # one comparison for both limits: what is too low, or no cluster, is a large number without sign
-        number = tl.where(size > 0, number, -1)
-        inside = (number[None, :] - low[:, None]).to(tl.uint32, bitcast=True) < span[:, None]
-        score = tl.maximum(score, -float("inf"))  # NaN is not opened either
-        ordered = tl.where(inside, _ordered(score), _LOWEST)
-        size_bits = tl.minimum(size, _SIZE_BITS) | lowest
-        buckets = tl.maximum(buckets, (ordered & score_bits) | size_bits[None, :])
-        tl.store(out + tile * (ROWS * CLUSTERS), ordered)
-    return buckets
+def _places(passes, first, CLUSTERS: tl.constexpr):
+    """Where each entry of a row that passes goes, int32 ``[ROWS, CLUSTERS]``: one place after the other from ``first
+    [ROWS]`` on, all less than 2**20. A product with a triangle of ones moves nothing between lanes."""
+    number = tl.arange(0, CLUSTERS)
+    earlier = (number[:, None] < number[None, :]).to(tl.float32).to(tl.bfloat16)
+    flags = passes.to(tl.float32).to(tl.bfloat16)
+    before = dot(flags, earlier, tl.zeros((passes.shape[0], CLUSTERS), tl.float32), "ieee")
+    # of the float32 2**20 + n, all bits of n are at a fixed place
+    base = ((first << 3) + 0x49800000).to(tl.float32, bitcast=True)
+    return ((before + base[:, None]).to(tl.int32, bitcast=True) >> 3) & 0xFFFFF
 
 
 @triton.jit
-def _forget_seen(
-    limits, index, batch, block, num_queries, slots, scores, start, tiles,
-    ROWS: tl.constexpr, CLUSTERS: tl.constexpr, LISTS: tl.constexpr,
-):  # fmt: skip
-    """Give the lowest score to the clusters of a chunk that are also in a range after ``index``: these came first."""
-    each: tl.constexpr = CLUSTERS // LISTS
-    thread = tl.arange(0, LISTS * ROWS)
-    row = block * ROWS + thread % ROWS
-    four = tl.arange(0, 4)[None, :]
-    for other in range(index + 1, limits.ranges):
-        begin, end = _limits_of(limits, other, batch, row, row < num_queries, slots)
-        for step in range(tiles * (each // 4)):
-            number = start + step // (each // 4) * CLUSTERS + step % (each // 4) * 4
-            number = (number + thread // ROWS * each)[:, None] + four
-            seen = (number >= begin[:, None]) & (number < end[:, None])
-            tl.store(scores + (step * (LISTS * ROWS) + thread)[:, None] * 4 + four, _LOWEST, mask=seen)
+def _kept(entries, count, least, ROWS: tl.constexpr, CAPACITY: tl.constexpr, CHUNK: tl.constexpr):
+    """Drop the entries below ``least [ROWS]``; returns how many stay."""
+    row = tl.arange(0, ROWS) * CAPACITY
+    kept = tl.zeros((ROWS,), tl.int32)
+    tl.debug_barrier()
+    for first in range(0, tl.max(count, 0), CHUNK):
+        slot = first + tl.arange(0, CHUNK)[None, :]
+        entry = tl.load(entries + row[:, None] + slot, mask=slot < count[:, None], other=_LOWEST_ENTRY)
+        stays = (slot < count[:, None]) & (entry >= least[:, None])
+        to = _places(stays, row + kept, CHUNK)
+        tl.debug_barrier()  # a place may be one that was just read
+        tl.store(entries + to, entry, mask=stays)
+        tl.debug_barrier()
+        kept += tl.sum(stays.to(tl.int32), 1)
+    return kept
 
 
 @triton.jit
-def _append(score, bound, number, list_of_thread, count):
-    """Add entries for the ``score [THREADS, 4]`` of four clusters from ``number [THREADS]`` on that reach the ``bound``
-    to the lists; returns how many there are."""
-    passes = score >= bound[:, None]
-    place = count[:, None] + tl.cumsum(passes.to(tl.int32), 1) - 1
-    low_bits = (number[:, None] + tl.arange(0, 4)[None, :]) ^ 0x7FFFFFFF
-    tl.store(list_of_thread[:, None] + place, (score.to(tl.int64) << 32) | low_bits.to(tl.int64), mask=passes)
-    return count + tl.sum(passes.to(tl.int32), 1)
+def _most_of(entries, count, most, ROWS: tl.constexpr, CAPACITY: tl.constexpr, CHUNK: tl.constexpr):
+    """The entry of which ``most`` of a row are no smaller, int64 ``[ROWS]``; the lowest there is where the row has
+    fewer. By bisection: this is for the few rows with many nearly equal scores."""
+    row = tl.arange(0, ROWS)[:, None] * CAPACITY
+    low = tl.full((ROWS,), _LOWEST_ENTRY, tl.int64)
+    high = tl.full((ROWS,), -1, tl.int64) ^ _LOWEST_ENTRY
+    for _ in range(64):
+        middle = (low & high) + ((low ^ high) >> 1)
+        above = tl.zeros((ROWS,), tl.int32)
+        for first in range(0, tl.max(count, 0), CHUNK):
+            slot = first + tl.arange(0, CHUNK)[None, :]
+            entry = tl.load(entries + row + slot, mask=slot < count[:, None], other=_LOWEST_ENTRY)
+            above += tl.sum((entry >= middle[:, None]).to(tl.int32), 1)
+        low = tl.where(above >= most, middle, low)
+        high = tl.where(above >= most, high, middle)
+    return tl.where(count >= most, low, _LOWEST_ENTRY)
 
 
 @triton.jit
-def _collect(
-    scores, entries, counts, bounds, start, tiles,
-    ROWS: tl.constexpr, CLUSTERS: tl.constexpr, LISTS: tl.constexpr, CAPACITY: tl.constexpr,
-):  # fmt: skip
-    """Add an entry for each score of the tiles of a chunk that reaches its row's bound."""
-    each: tl.constexpr = CLUSTERS // LISTS
-    step: tl.constexpr = 4 * LISTS * ROWS
-    thread = tl.arange(0, LISTS * ROWS)
-    bound = tl.load(bounds + thread % ROWS)
-    count = tl.load(counts + thread)
-    list_of_thread = entries + (thread % ROWS * LISTS + thread // ROWS) * CAPACITY
-    own = scores + (thread[:, None] * 4 + tl.arange(0, 4)[None, :])
-    number = start + thread // ROWS * each
-    for tile in range(tiles):
-        for part in tl.static_range(0, each, 16):
-            at = own + (tile * (each // 4) + part // 4) * step
-            # all on their way before the first is used
-            first, second, third, fourth = (
-                tl.load(at),
-                tl.load(at + step),
-                tl.load(at + 2 * step),
-                tl.load(at + 3 * step),
-            )
-            count = _append(first, bound, number + (tile * CLUSTERS + part), list_of_thread, count)
-            count = _append(second, bound, number + (tile * CLUSTERS + part + 4), list_of_thread, count)
-            count = _append(third, bound, number + (tile * CLUSTERS + part + 8), list_of_thread, count)
-            count = _append(fourth, bound, number + (tile * CLUSTERS + part + 12), list_of_thread, count)
-    tl.store(counts + thread, count)
+def _compress(scratch, most, LIMIT: tl.constexpr, ROWS: tl.constexpr, CAPACITY: tl.constexpr, CHUNK: tl.constexpr):
+    """Drop the entries below the bounds, and, where more than ``LIMIT`` are left in some row, all but ``most``.
 
-
-@triton.jit
-def _longest(counts, ROWS: tl.constexpr, LISTS: tl.constexpr):
-    """The largest number of entries of a row."""
-    list_of_row = tl.arange(0, LISTS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
-    return tl.max(tl.sum(tl.load(counts + list_of_row), 0), 0)
-
-
-@triton.jit
-def _compress(
-    entries, counts, bounds, most, limit, ROWS: tl.constexpr, LISTS: tl.constexpr, CAPACITY: tl.constexpr,
-    PART: tl.constexpr,
-):  # fmt: skip
-    """Where a row has more than ``limit`` entries, drop those below its bound, and, where that is not enough, raise the
-    bound by bisection, until ``limit`` are left, or ``most``. ``PART`` rows at a time."""
-    slot = tl.arange(0, LISTS * CAPACITY)[None, :]
-    for part in range(0, ROWS, PART):
-        row = part + tl.arange(0, PART)
-        here = entries + row[:, None] * (LISTS * CAPACITY) + slot
-        there = slot % CAPACITY < tl.load(counts + (row[:, None] + slot // CAPACITY * ROWS))
-        if tl.max(tl.sum(there.to(tl.int32), 1), 0) > limit:
-            least = tl.load(bounds + row).to(tl.int64) << 32
-            entry = tl.load(here, mask=there, other=_LOWEST_ENTRY)
-            entry = tl.where(entry >= least[:, None], entry, _LOWEST_ENTRY)
-            stays = tl.sum((entry > _LOWEST_ENTRY).to(tl.int32), 1)
-            # at least `most` entries reach the lowest of `least`, fewer reach `above`
-            above = tl.max(entry, 1) + 1
-            lowest = tl.min(tl.where(entry > _LOWEST_ENTRY, entry, _HIGHEST_ENTRY), 1)
-            least = tl.where(stays > limit, lowest, least)
-            while tl.max(stays, 0) > limit:
-                middle = (least & above) + ((least ^ above) >> 1)
-                reached = tl.sum((entry >= middle[:, None]).to(tl.int32), 1)
-                searched = stays > limit
-                least = tl.where(searched & (reached >= most), middle, least)
-                above = tl.where(searched & (reached < most), middle, above)
-                stays = tl.where(searched & (reached >= most), reached, stays)
-            kept = entry >= tl.maximum(least, _LOWEST_ENTRY + 1)[:, None]
-            place = tl.cumsum(kept.to(tl.int32), 1) - 1
-            tl.debug_barrier()  # a place may be one that was just read
-            tl.store(entries + row[:, None] * (LISTS * CAPACITY) + place, entry, mask=kept)
-            tl.store(bounds + row, (least >> 32).to(tl.int32))
-            # all in the first list
-            first = tl.arange(0, LISTS)[None, :] == 0
-            to = counts + (row[:, None] + tl.arange(0, LISTS)[None, :] * ROWS)
-            tl.store(to, tl.where(first, stays[:, None], 0))
+    Counts and bounds come and go through memory: what the main loop holds stays in the layout of its products.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    entries = scratch.entries + tl.program_id(0).to(tl.int64) * ROWS * CAPACITY
+    tl.debug_barrier()
+    count = tl.load(scratch.counts + row)
+    least = tl.load(scratch.bounds + row).to(tl.int64) << 32
+    count = _kept(entries, count, least, ROWS, CAPACITY, CHUNK)
+    if tl.max(count, 0) > LIMIT:
+        least = tl.maximum(least, _most_of(entries, count, most, ROWS, CAPACITY, CHUNK))
+        count = _kept(entries, count, least, ROWS, CAPACITY, CHUNK)
+    tl.debug_barrier()
+    tl.store(scratch.counts + row, count)
+    tl.store(scratch.bounds + row, (least >> 32).to(tl.int32))
     tl.debug_barrier()
 
 
@@ -323,60 +239,28 @@ def _descending(x, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _write_best(
-    entries, counts, table, of_head, opened, out, queries,
-    ROWS: tl.constexpr, LISTS: tl.constexpr, CAPACITY: tl.constexpr, KEPT: tl.constexpr, SORTED: tl.constexpr,
-):  # fmt: skip
-    """Sort the entries of each row, ``KEPT`` at most, and write those that fit the budget to rows ``out`` and on of
-    ``opened``, of which ``queries`` are real. ``SORTED`` rows at a time."""
-    slot = tl.arange(0, KEPT)[None, :]
-    for part in range(0, ROWS, SORTED):
-        row = part + tl.arange(0, SORTED)[:, None]
-        # [SORTED, KEPT]
-        at = row * (LISTS * CAPACITY) + slot
-        filled = tl.load(counts + row)
-        for following in tl.static_range(1, LISTS):
-            at = tl.where(slot < filled, at, row * (LISTS * CAPACITY) + following * CAPACITY + slot - filled)
-            filled += tl.load(counts + following * ROWS + row)
-        best = tl.load(entries + at, mask=slot < filled, other=_LOWEST_ENTRY)
-        best = _descending(best, KEPT)
-        number = (best & 0x7FFFFFFF).to(tl.int32) ^ 0x7FFFFFFF
-        found = best > _LOWEST_ENTRY
-        size = tl.load(table.size + of_head + number, mask=found, other=0)
-        # the first that does not fit ends the row
-        fits = found & (tl.cumsum(size.to(tl.int64), 1) <= opened.budget) & (slot < opened.most)
-        start = tl.load(table.start + of_head + number, mask=fits, other=0)
-        to = (out + row) * opened.most + slot
-        there = (row < queries) & (slot < opened.most)
-        tl.store(opened.numbers + to, tl.where(fits, number, -1), mask=there)
-        tl.store(opened.start + to, start, mask=there)
-        tl.store(opened.end + to, tl.where(fits, start + size, 0), mask=there)
-
-
-@triton.jit
 def rank_kernel(
     q, q_batch, q_head, q_row, q_dim, table, limits, opened, scratch, blocks, heads, kv_heads, items, num_queries,
     spread,
-    D: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, CLUSTERS: tl.constexpr, CHUNK: tl.constexpr,
-    LISTS: tl.constexpr, CAPACITY: tl.constexpr, KEPT: tl.constexpr, SORTED: tl.constexpr, PARTS: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, CLUSTERS: tl.constexpr, CAPACITY: tl.constexpr,
+    KEPT: tl.constexpr, SORTED: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """``q [B, G, N, D]`` → ``opened``, int32 ``[B, G, N, most]``. A program takes every ``num_programs``-th of the
-    ``items``, which are ``blocks`` of ``ROWS`` queries of each head of each batch element."""
+    """``opened``: int32 ``[B, G, N, most]``. A program takes every ``num_programs``-th of the ``items``, which are
+    ``blocks`` of ``ROWS`` queries of each head of each batch element."""
     rows = tl.arange(0, ROWS)
-    threads = tl.arange(0, LISTS * ROWS)
-    dims = tl.arange(0, W)[None, :]
-    program = tl.program_id(0).to(tl.int64) * ROWS
-    scores = scratch.scores + program * CHUNK
-    entries = scratch.entries + program * (LISTS * CAPACITY)
-    counts = scratch.counts + program * LISTS
-    bounds = scratch.bounds + program
+    slot = tl.arange(0, KEPT)[None, :]
+    entries = scratch.entries + tl.program_id(0).to(tl.int64) * ROWS * CAPACITY
+    counts = scratch.counts + tl.program_id(0).to(tl.int64) * ROWS
+    bounds = scratch.bounds + tl.program_id(0).to(tl.int64) * ROWS
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         block = item % blocks
         head = (item // blocks % heads).to(tl.int64)
         batch = (item // blocks // heads).to(tl.int64)
         of_head = (batch * kv_heads + head // (heads // kv_heads)) * table.slots
+        sizes = table.size + of_head
         row = block * ROWS + rows
         real = row < num_queries
+        dims = tl.arange(0, W)[None, :]
         at = q + (batch * q_batch + head * q_head) + row[:, None].to(tl.int64) * q_row + dims * q_dim
         x = tl.load(at, mask=real[:, None] & (dims < D), other=0.0)
         wide = x.to(tl.float32)
@@ -384,45 +268,65 @@ def rank_kernel(
         if PARTS == 2:
             x, rest = _parts(wide)
         squares = (spread * wide * wide).to(tl.bfloat16)
+        bound = tl.full((ROWS,), _LOWEST + 1, tl.int32)
         buckets = tl.full((ROWS, CLUSTERS), _LOWEST, tl.int32)
-        tl.store(counts + threads, tl.zeros((LISTS * ROWS,), tl.int32))
-        tl.store(bounds + rows, tl.full((ROWS,), _LOWEST_FINITE, tl.int32))
-        tl.debug_barrier()
-        # the last range first: coarse clusters fill a budget with few, which gives a high bound for all the others
-        for step in range(limits.ranges):
-            index = limits.ranges - 1 - step
+        count = tl.zeros((ROWS,), tl.int32)
+        tiles = 0
+        for index in range(limits.ranges):
             low, high = _limits_of(limits, index, batch, row, real, table.slots)
             some = high > low
-            begin = tl.min(tl.where(some, low, _LAST), 0)
+            first = tl.min(tl.where(some, low, _LAST), 0)
             last = tl.max(tl.where(some, high, 0), 0)
             repeats = 0
-            for other in range(index + 1, limits.ranges):
-                other_low, other_high = _limits_of(limits, other, batch, row, real, table.slots)
-                repeats += tl.sum((tl.maximum(other_low, low) < tl.minimum(other_high, high)).to(tl.int32), 0)
-            for start in range(begin, last, CHUNK):
-                tiles = tl.cdiv(tl.minimum(last - start, CHUNK), CLUSTERS)
-                buckets = _score_chunk(
-                    x, rest, squares, table, of_head, low, high, start, tiles, repeats == 0, buckets, scores,
-                    ROWS, CLUSTERS, LISTS, W, PARTS,
-                )  # fmt: skip
-                bound = _raised(tl.load(bounds + rows), buckets, opened.budget, opened.most)
-                tl.debug_barrier()
-                tl.store(bounds + rows, bound)
-                if repeats > 0:
-                    _forget_seen(
-                        limits, index, batch, block, num_queries, table.slots, scores, start, tiles,
-                        ROWS, CLUSTERS, LISTS,
-                    )  # fmt: skip
-                tl.debug_barrier()
-                _collect(scores, entries, counts, bounds, start, tiles, ROWS, CLUSTERS, LISTS, CAPACITY)
-                tl.debug_barrier()  # the next chunk writes over the scores
-                if _longest(counts, ROWS, LISTS) > CAPACITY - CHUNK // LISTS:
-                    _compress(entries, counts, bounds, opened.most, KEPT, ROWS, LISTS, CAPACITY, LISTS * ROWS // 32)
-        if _longest(counts, ROWS, LISTS) > KEPT:
-            _compress(entries, counts, bounds, opened.most, KEPT, ROWS, LISTS, CAPACITY, LISTS * ROWS // 32)
-        out = (batch * heads + head) * num_queries + block * ROWS
-        _write_best(
-            entries, counts, table, of_head, opened, out, num_queries - block * ROWS, ROWS, LISTS, CAPACITY, KEPT,
-            SORTED,
-        )  # fmt: skip
+            for earlier in range(index):
+                begin, end = _limits_of(limits, earlier, batch, row, real, table.slots)
+                repeats += tl.sum((tl.maximum(begin, low) < tl.minimum(end, high)).to(tl.int32), 0)
+            for start in range(first, last, CLUSTERS):
+                number = start + tl.arange(0, CLUSTERS)
+                size = tl.load(sizes + number, mask=number < last, other=0)
+                # [ROWS, CLUSTERS]
+                scores = _scores(x, rest, squares, table, of_head + start, W, CLUSTERS, PARTS)
+                allowed = (number[None, :] >= low[:, None]) & (number[None, :] < high[:, None]) & (size > 0)[None, :]
+                if repeats > 0:  # what an earlier range holds has been seen
+                    for earlier in range(index):
+                        begin, end = _limits_of(limits, earlier, batch, row, real, table.slots)
+                        seen = (number[None, :] >= begin[:, None]) & (number[None, :] < end[:, None])
+                        allowed = allowed & (seen == 0)
+                allowed = allowed & (scores > -float("inf"))  # and no NaN
+                ordered = tl.where(allowed, _ordered(scores), _LOWEST)
+                buckets = tl.maximum(buckets, (ordered & ~_SIZE_BITS) | tl.minimum(size, _SIZE_BITS)[None, :])
+                tiles += 1
+                if (tiles & (tiles - 1)) == 0:
+                    bound = _raised(bound, buckets, opened.budget, opened.most)
+                passes = ordered >= bound[:, None]
+                to = _places(passes, rows * CAPACITY + count, CLUSTERS)
+                entry = (ordered.to(tl.int64) << 32) | (number ^ 0x7FFFFFFF)[None, :].to(tl.int64)
+                tl.store(entries + to, entry, mask=passes)
+                count += tl.sum(passes.to(tl.int32), 1)
+                if tl.max(count, 0) > CAPACITY - CLUSTERS:
+                    tl.store(counts + rows, count)
+                    tl.store(bounds + rows, _raised(bound, buckets, opened.budget, opened.most))
+                    _compress(scratch, opened.most, CAPACITY - CLUSTERS, ROWS, CAPACITY, CLUSTERS)
+                    count = tl.load(counts + rows)
+                    bound = tl.load(bounds + rows)
+        tl.store(counts + rows, count)
+        tl.store(bounds + rows, _raised(bound, buckets, opened.budget, opened.most))
+        _compress(scratch, opened.most, KEPT, ROWS, CAPACITY, CLUSTERS)
+        for part in range(0, ROWS, SORTED):
+            some = part + tl.arange(0, SORTED)[:, None]
+            here = entries + some * CAPACITY + slot
+            best = tl.load(here, mask=slot < tl.load(counts + some), other=_LOWEST_ENTRY)
+            best = _descending(best, KEPT)
+            number = (best & 0x7FFFFFFF).to(tl.int32) ^ 0x7FFFFFFF
+            found = best > _LOWEST_ENTRY
+            size = tl.load(sizes + number, mask=found, other=0)
+            # the first that does not fit ends the row
+            fits = found & (tl.cumsum(size.to(tl.int64), 1) <= opened.budget) & (slot < opened.most)
+            start = tl.load(table.start + of_head + number, mask=fits, other=0)
+            query = block * ROWS + some
+            out = ((batch * heads + head) * num_queries + query) * opened.most + slot
+            there = (query < num_queries) & (slot < opened.most)
+            tl.store(opened.numbers + out, tl.where(fits, number, -1), mask=there)
+            tl.store(opened.start + out, start, mask=there)
+            tl.store(opened.end + out, tl.where(fits, start + size, 0), mask=there)
         tl.debug_barrier()  # the next item writes over the entries
