@@ -154,6 +154,13 @@ def measure(
     return row
 
 
+def write(path: Path, found: list[dict[str, object]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found)
+
+
 def main(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     length: Annotated[int, typer.Option(help="tokens of the timed call")] = 2048,
@@ -181,15 +188,12 @@ def main(
                     row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                 found.append(row | stamp)
                 print(row, flush=True)
+                if out is not None:
+                    write(out, found)  # each row took minutes
     table = Table(*COLUMNS[:13])
     for row in found:
         table.add_row(*(str(row.get(name, "")) for name in COLUMNS[:13]))
     Console(width=180).print(table)
-    if out is not None:
-        with out.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(found)
     sys.exit(any(row.get("error") for row in found))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from ssa_framework import compiled
 from ssa_framework.config import SSAConfig
 from ssa_framework.decoding import attend_last
 from ssa_framework.errors import ConfigError, MaskError
@@ -118,6 +119,8 @@ class SparseLayer:
             dtype = torch.get_autocast_dtype(q.device.type)
             q, k, v = (x.to(dtype) if x.dtype == torch.float32 else x for x in (q, k, v))
         check_tensors(q, k, v)
+        if torch.compiler.is_compiling():
+            return self._attend_compiled(q, k, v, mask, scale=scale, dropout_p=dropout_p)
         router = self.router(q.shape[1], k.shape[1], q.shape[3], mask.causal, q.device)
         pieces = mask.pieces(q.device)
         states = [None] * len(pieces) if cached is None else cached.states(router, pieces, k.shape[2])
@@ -146,6 +149,26 @@ class SparseLayer:
                 )
             outs.append(F.pad(out, (0, 0, piece.first_query, 0)) if piece.first_query else out)
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _attend_compiled(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: CompactMask, *, scale: float | None, dropout_p: float
+    ) -> Tensor:
+        router = self._routers.get((q.shape[1], k.shape[1], q.shape[3], mask.causal, q.device))
+        if router is None or mask.queries != mask.keys:
+            raise ConfigError(
+                f"{self.name} is compiled for calls without a cache (use_cache=False), on the device where "
+                f"use_sparse_attention found the model"
+            )
+        call = compiled.AttentionCall(
+            causal=mask.causal,
+            segment_ids=mask.segments,
+            scale=scale,
+            dropout_p=dropout_p,
+            fp32_weights=self.config.fp32_attn_weights,
+            backend=self.config.backend,
+            dense=self.config.dense_below != 0,
+        )
+        return compiled.attend(router, q, k, v, call)
 
 
 def attach(module: nn.Module, layer: SparseLayer) -> None:

@@ -64,10 +64,17 @@ class CompactMask:
     arguments: Mapping[str, Any] = field(default_factory=dict, repr=False)
     _pieces: dict[torch.device, list[Piece]] = field(default_factory=dict, repr=False)
 
-    @cached_property
+    @property
     def dense(self) -> Tensor | None:
         """The mask for transformers' ``sdpa`` function, made when the first dense layer asks: ``[B, 1, N, M]``, or
         ``None`` where ``is_causal`` says it all."""
+        return self._make_dense() if torch.compiler.is_compiling() else self._dense  # what is kept, cannot be traced
+
+    @cached_property
+    def _dense(self) -> Tensor | None:
+        return self._make_dense()
+
+    def _make_dense(self) -> Tensor | None:
         mask: Tensor | None = sdpa_mask(**self.arguments)
         return mask
 
@@ -144,6 +151,19 @@ def compact_mask(
         "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset,
         "kv_offset": kv_offset, "mask_function": mask_function, "attention_mask": attention_mask, **options,
     }  # fmt: skip
+    if torch.compiler.is_compiling():
+        segments = None
+        if attention_mask is not None:
+            raise ConfigError(
+                "attention_mask tells how a batch is padded, and rows with equal padding are routed together: that "
+                "depends on data, which a compiled model cannot look at; leave it out, or pack the batch (position_ids)"
+            )
+        if mask_function not in (causal_mask_function, bidirectional_mask_function):
+            segments = probed_segments(mask_function, batch_size, q_length, options.get("device"))
+        return CompactMask(
+            batch_size, q_length, kv_length, q_offset - kv_offset, causal,
+            window=options.get("local_size"), segments=segments, arguments=arguments,
+        )  # fmt: skip
     padding = None
     if attention_mask is not None:
         padding = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
@@ -179,6 +199,28 @@ def packed_segments(mask_function: Callable[..., Any]) -> Tensor | None:
     if remapped.get("mask_function") is not causal_mask_function:
         return None
     segments: Tensor | None = documents.get("packed_sequence_mask")
+    return segments
+
+
+def probed_segments(mask_function: Callable[..., Any], batch: int, length: int, device: Any) -> Tensor:
+    """The document of every token ``[B, N]``, from what ``mask_function`` says of neighboring tokens.
+
+    Where a model is compiled, a function cannot be taken apart, and transformers takes every batch for a packed one. So
+    the function is asked: first whether a token sees the one before, which tells where documents begin; then, at
+    distances that are powers of two and one token ahead, whether causal attention inside of these documents is what
+    it says. If not, the program stops with an error when it runs.
+    """
+    rows = torch.arange(batch, device=device)[:, None]
+    queries = torch.arange(length, device=device)[None]
+    head = torch.zeros_like(rows)
+    segments = (~mask_function(rows, head, queries, (queries - 1).clamp(min=0))).cumsum(1)
+    ahead = (queries + 1).clamp(max=length - 1)
+    holds = (mask_function(rows, head, queries, ahead) == (queries == ahead)).all()
+    for power in range(1, 21):
+        before = (queries - 2**power).clamp(min=0)
+        same = segments.gather(1, before.expand(batch, -1)) == segments
+        holds = holds & (mask_function(rows, head, queries, before) == same).all()
+    torch._assert_async(holds, "sparse layers got a mask function that is not causal attention inside of documents")
     return segments
 
 
