@@ -286,16 +286,18 @@ def read_checkpoint(folder: Path) -> None:
 # -- faults -----------------------------------------------------------------------------------------------------------
 
 
-def silent_rank() -> None:
+def silent_rank(over: Path) -> None:
     """Rank 1 does not answer: the other one stops waiting, and says why."""
-    if dist.get_rank() == 1:
-        time.sleep(4.0)
-        return
     begin = time.monotonic()
+    if dist.get_rank() == 1:
+        while not over.exists() and time.monotonic() - begin < 60.0:
+            time.sleep(0.05)
+        assert over.exists()
+        return
     x = torch.randn(1, 2, 16, 8)
     with pytest.raises(DistributedError, match=r"rank 0 of 2 could not exchange .* did not answer within the timeout"):
         context_parallel_attention(x, x, x, ContextParallel.over(None))
-    assert time.monotonic() - begin < 3.5
+    over.touch()
 
 
 def dead_rank() -> None:
@@ -308,7 +310,7 @@ def dead_rank() -> None:
     begin = time.monotonic()
     with pytest.raises(DistributedError, match=r"could not exchange gradients of .*: another rank died"):
         out.sum().backward()
-    assert time.monotonic() - begin < 20.0
+    assert time.monotonic() - begin < 50.0, "not after the timeout, but when the connection is lost"
 
 
 # -- the processes ----------------------------------------------------------------------------------------------------
@@ -323,13 +325,14 @@ FOUR = (
 def phases(folder: Path) -> list[tuple[str, int, float, Callable[[], None]]]:
     """Name, number of ranks, timeout in seconds and function of every check."""
     listed: list[tuple[str, int, float, Callable[[], None]]] = []
-    listed += [(f"{check.__name__}-2", 2, 60.0, check) for check in TWO]
-    listed += [("checkpoint of 2 ranks", 2, 60.0, lambda: write_checkpoint(folder / "two"))]
-    listed += [(f"{check.__name__}-4", 4, 60.0, check) for check in FOUR]
-    listed += [("checkpoint of 2 ranks on 4", 4, 60.0, lambda: read_checkpoint(folder / "two"))]
-    listed += [("checkpoint of 4 ranks", 4, 60.0, lambda: write_checkpoint(folder / "four"))]
-    listed += [("checkpoint of 4 ranks on 2", 2, 60.0, lambda: read_checkpoint(folder / "four"))]
-    listed += [("silent_rank-2", 2, 2.0, silent_rank), ("dead_rank-4", 4, 30.0, dead_rank)]
+    listed += [(f"{check.__name__}-2", 2, 120.0, check) for check in TWO]
+    listed += [("checkpoint of 2 ranks", 2, 120.0, lambda: write_checkpoint(folder / "two"))]
+    listed += [(f"{check.__name__}-4", 4, 120.0, check) for check in FOUR]
+    listed += [("checkpoint of 2 ranks on 4", 4, 120.0, lambda: read_checkpoint(folder / "two"))]
+    listed += [("checkpoint of 4 ranks", 4, 120.0, lambda: write_checkpoint(folder / "four"))]
+    listed += [("checkpoint of 4 ranks on 2", 2, 120.0, lambda: read_checkpoint(folder / "four"))]
+    listed += [("silent_rank-2", 2, 5.0, lambda: silent_rank(folder / "over"))]
+    listed += [("dead_rank-4", 4, 60.0, dead_rank)]
     return listed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -268,6 +269,22 @@ def test_a_transformer_with_rotary_positions(kind: type[SparseTransformer]) -> N
     for name, parameter in model.named_parameters():
         total = sum(grads[name] for _, grads in results)
         torch.testing.assert_close(total, parameter.grad, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_copies_and_autocast() -> None:
+    layer = SparseAttention(small_config())
+    x = torch.randn(1, 64, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wanted, _ = layer(x)
+
+    def attend(parallel: Any, context: ContextParallel) -> Tensor:
+        one = copy.deepcopy(layer)
+        again = copy.deepcopy(parallel(one))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return context.unshard(again(context.shard(x))[0].detach())
+
+    for out in on_ranks(2, attend):
+        torch.testing.assert_close(out, wanted.detach(), rtol=2e-2, atol=2e-2)
 
 
 def test_activation_checkpointing_repeats_the_exchange() -> None:

@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     processes = [start_process(distributed_ranks.run, rank, str(folder)) for rank in range(RANKS)]
     for process in processes:
-        process.join(timeout=300)
+        process.join(timeout=400)
         if process.is_alive():
             process.kill()
     codes = [process.exitcode for process in processes]

@@ -84,6 +84,9 @@ class Ranks:
             raise ConfigError("this process is not in the given group")
         return cls(group, rank, dist.get_world_size(group))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        return self  # a copy of a model is in the same group
+
     # -- collectives -------------------------------------------------------------------------------------------------
 
     def all_gather(self, x: Tensor, purpose: str) -> Tensor:

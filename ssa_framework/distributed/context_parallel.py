@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -144,7 +145,7 @@ def build_shard_graph(
     if q.shape[2] != k.shape[2]:
         raise ShapeError(f"context parallelism is for self-attention: {q.shape[2]} queries, {k.shape[2]} keys")
     ranks = context.ranks
-    _agree(context, config, q, k, causal, key_padding_mask, segment_ids)
+    _agree(context, router, config, q, k, causal, key_padding_mask, segment_ids)
     layout = context.of_length(q.shape[2] * ranks.size)
     positions = layout.positions(ranks.rank, q.device)
     keep, segments = _gathered_metadata(layout, ranks, q, key_padding_mask, segment_ids)
@@ -336,8 +337,13 @@ def apply_shard_graph(
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
 
+_known: WeakKeyDictionary[Router, dict[str, Any]] = WeakKeyDictionary()
+"""What the ranks compare of a configuration, by its router: options may be long lists of edges."""
+
+
 def _agree(
     context: ContextParallel,
+    router: Router,
     config: SSAConfig,
     q: Tensor,
     k: Tensor,
@@ -346,11 +352,13 @@ def _agree(
     segment_ids: Tensor | None,
 ) -> None:
     """Raises `DistributedError`, on all ranks, where they do not do the same."""
-    facts = {f"config.{name}": value for name, value in config.to_dict().items()}
+    if router not in _known:
+        _known[router] = {f"config.{name}": as_json_value(value) for name, value in config.to_dict().items()}
+    facts = dict(_known[router])
     facts |= {"layout": context.layout, "causal": causal, "dtype": str(q.dtype)}
     facts |= {"local queries [B, H, N / W, D]": list(q.shape), "local keys [B, Hkv, N / W, D]": list(k.shape)}
     facts |= {"key_padding_mask": key_padding_mask is not None, "segment_ids": segment_ids is not None}
-    text = json.dumps(as_json_value(facts), sort_keys=True)
+    text = json.dumps(facts, sort_keys=True)
     digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
     digests = context.ranks.all_gather(torch.tensor([digest], device=q.device), "digests of the configuration")
     if int(digests.min()) != int(digests.max()):
@@ -417,6 +425,9 @@ def context_parallel_attention(
         DistributedError: ranks that disagree (named on all of them), or a rank that did not answer.
         SSAError: everything that `ssa_framework.sparse_attention` raises.
     """
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) if x.dtype == torch.float32 else x for x in (query, key, value))
     check_tensors(query, key, value)
     config = SSAConfig() if config is None else config
     causal = config.causal if is_causal is None else bool(is_causal)

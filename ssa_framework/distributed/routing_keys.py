@@ -104,7 +104,7 @@ class SegmentsOfRanks:
         looked_at = covered(first, stop, segments)[:, 0]  # [B or 1, F]
         owner = self._owners(order, starts, length, looked_at)
         # the segments that each rank clusters, [rows, Fmax], -1 = fewer than others
-        most = int(max((owner == rank).sum(1).max() for rank in range(self.ranks.size))) if owner.numel() else 0
+        most = max(1, *(int((owner == rank).sum(1).max()) for rank in range(self.ranks.size)))
         tasks = torch.stack([_first_true(owner == rank, most) for rank in range(self.ranks.size)])  # [W, rows, Fmax]
         mine = tasks[self.ranks.rank]
         places = starts.long().gather(1, mine.clamp(min=0))[..., None] + inside  # [rows, Fmax, L]
