@@ -1,4 +1,4 @@
-"""Selection from LSH slices on a GPU: check, then time, stage by stage.
+"""Selection on a GPU, from LSH slices alone and with candidate lists: check, then time, stage by stage.
 
     PYTHONPATH=.:plugins python benchmarks/gpu_selection.py [--lengths 16384 32768] [--data gaussian clustered] [--tune]
 
@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from ssa_framework.masks import make_edge_mask
 from ssa_framework.ops.select_neighbors import Proposed, Selection, select_neighbors, triton_cuda
 from ssa_framework.ops.select_neighbors.types import Eligible
-from ssa_framework.proposals import Band, Ranges
+from ssa_framework.proposals import Band, Candidates, Ranges
 
 REPEATS = 20
 
@@ -98,26 +98,43 @@ def eligible(heads: int, length: int, causal: bool) -> Eligible:
     return Eligible(mask, heads, length, Band(9, 0 if causal else 9), torch.arange(1, dtype=torch.int32, device="cuda"))
 
 
-def check(mix: Mix, dim: int, dtype: torch.dtype, causal: bool, budget: int) -> str:
+def with_lists(q: Tensor, k: Tensor, lsh: Ranges) -> list[Proposed]:
+    """LSH, with random keys, keys of a search index that has their scores, and edges (guaranteed; for all heads)."""
+    heads, length = q.shape[1:3]
+    generator = torch.Generator("cuda").manual_seed(2)
+
+    def draw(*shape: int) -> Tensor:
+        share = torch.rand((1, *shape), generator=generator, device="cuda")
+        return (share * torch.arange(1, length + 1, device="cuda")[:, None]).int() - 1
+
+    found = draw(heads, length, 32)
+    scores = torch.empty(found.shape, device="cuda")
+    for h in range(heads):
+        rows = k[0, h, found[0, h].clamp(min=0).long()].float()  # [N, 32, D]
+        scores[0, h] = (rows @ q[0, h, :, :, None].float())[..., 0]
+    return [
+        Proposed("lsh", lsh),
+        Proposed("random", Candidates(draw(1, length, 24))),
+        Proposed("index", Candidates(found, scores)),
+        Proposed("edges", Candidates(draw(1, length, 8), guaranteed=True)),
+    ]
+
+
+def check(mix: Mix, dim: int, dtype: torch.dtype, causal: bool, budget: int, lists: bool) -> str:
     q, k = inputs("integers", 2, 3001, dim, dtype)
-    proposed = [Proposed("lsh", lsh_ranges(q, k, mix, causal))]
+    lsh = lsh_ranges(q, k, mix, causal)
+    proposed = with_lists(q, k, lsh) if lists else [Proposed("lsh", lsh)]
     keep = eligible(2, 3001, causal)
     got = select_neighbors(q, k, proposed, keep, budget, "triton")
     want = select_neighbors(q, k, proposed, keep, budget, "torch")
-    same = all(
-        torch.equal(a, b)
-        for a, b in (
-            (got.neighbors, want.neighbors),
-            (got.listed["lsh"], want.listed["lsh"]),
-            (got.keys_scored["lsh"], want.keys_scored["lsh"]),
-        )
-    )
-    if not same:
+
+    def counts(selection: Selection) -> str:
+        both = {p.source: (int(selection.listed[p.source]), int(selection.keys_scored[p.source])) for p in proposed}
+        return ", ".join(f"{name} {listed} of {scored}" for name, (listed, scored) in both.items())
+
+    if not torch.equal(got.neighbors, want.neighbors) or counts(got) != counts(want):
         wrong = (got.neighbors != want.neighbors).any(-1).sum()
-        return (
-            f"WRONG: {int(wrong)} rows differ, listed {int(got.listed['lsh'])} {int(want.listed['lsh'])}, "
-            f"scored {int(got.keys_scored['lsh'])} {int(want.keys_scored['lsh'])}"
-        )
+        return f"WRONG: {int(wrong)} rows differ; listed of scored: {counts(got)}; torch: {counts(want)}"
     return "equal"
 
 
@@ -166,9 +183,10 @@ def stages(run: Callable[[], object]) -> str:
     return ", ".join(f"{name.removesuffix('_kernel').strip('_')} {ms:.3f}" for name, ms in sorted(times.items()))
 
 
-def time_one(data: str, heads: int, length: int, dim: int, mix: Mix, tune: bool) -> None:
+def time_one(data: str, heads: int, length: int, dim: int, mix: Mix, lists: bool, tune: bool) -> None:
     q, k = inputs(data, heads, length, dim, torch.bfloat16)
-    proposed = [Proposed("lsh", lsh_ranges(q, k, mix))]
+    lsh = lsh_ranges(q, k, mix)
+    proposed = with_lists(q, k, lsh) if lists else [Proposed("lsh", lsh)]
     keep = eligible(heads, length, True)
 
     def run() -> Selection:
@@ -179,22 +197,23 @@ def time_one(data: str, heads: int, length: int, dim: int, mix: Mix, tune: bool)
     result = run()
     torch.cuda.synchronize()
     peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-    scored = int(result.keys_scored["lsh"]) / (heads * length)
-    filled = int(result.listed["lsh"]) / (heads * length)
+    scored = sum(int(x) for x in result.keys_scored.values()) / (heads * length)
+    filled = sum(int(x) for x in result.listed.values()) / (heads * length)
     plain = median_ms(run, REPEATS if length < 300_000 else 3)
     captured = graph_ms(run) if length <= 65536 else float("nan")
+    what = f"{mix.rounds}x{mix.slices}x{mix.limit}{' with lists' if lists else ''}"
     print(
-        f"{data} N={length} D={dim} {mix.rounds}x{mix.slices}x{mix.limit}: {plain:.3f} ms, captured {captured:.3f} ms, "
+        f"{data} N={length} D={dim} {what}: {plain:.3f} ms, captured {captured:.3f} ms, "
         f"peak {peak:.2f} GiB, {scored:.0f} scored and {filled:.0f} listed per query | {stages(run)}",
         flush=True,
     )
     if tune:
-        vary(run)
+        vary(run, lists)
 
 
-def vary(run: Callable[[], object]) -> None:
-    """The two heavy kernels in other shapes."""
-    tile, choose = triton_cuda.score_tile, triton_cuda.choose_run
+def vary(run: Callable[[], object], lists: bool) -> None:
+    """The heavy kernels in other shapes."""
+    tile, choose, merge = triton_cuda.score_tile, triton_cuda.choose_run, triton_cuda.merge_run
     for shape in SCORE_TILES:
         triton_cuda.score_tile = lambda *_, shape=shape: triton_cuda.ScoreTile(*shape)
         show("score", shape, run)
@@ -203,6 +222,10 @@ def vary(run: Callable[[], object]) -> None:
         triton_cuda.choose_run = lambda *_, shape=shape: triton_cuda.ChooseRun(*shape)
         show("choose", shape, run)
     triton_cuda.choose_run = choose
+    for shape in MERGE_RUNS if lists else ():
+        triton_cuda.merge_run = lambda *_, shape=shape: triton_cuda.MergeRun(*shape)
+        show("merge", shape, run)
+    triton_cuda.merge_run = merge
 
 
 SCORE_TILES = (
@@ -210,6 +233,7 @@ SCORE_TILES = (
     (64, 64, 8, 2, 128), (32, 64, 2, 2, None), (32, 32, 2, 2, None), (32, 32, 2, 2, 128), (64, 32, 2, 2, None),
     (16, 32, 1, 2, None), (32, 32, 1, 2, None), (64, 128, 8, 2, None), (64, 16, 4, 2, 128),
 )  # fmt: skip
+MERGE_RUNS = ((1, 8), (1, 16), (2, 16), (2, 32), (4, 16), (4, 32), (8, 32))
 CHOOSE_RUNS = ((1, 96), (1, 80), (1, 64), (1, 48), (2, 64))
 
 
@@ -234,17 +258,17 @@ def main() -> None:
         for dim, dtype, causal in (
             (128, torch.bfloat16, True), (64, torch.float16, False), (80, torch.float32, True),
         ):  # fmt: skip
-            print(f"check {mix} D={dim} {dtype} causal={causal}: {check(mix, dim, dtype, causal, 118)}", flush=True)
+            for lists in (False, True):
+                what = " with lists" if lists else ""
+                print(
+                    f"check {mix}{what} D={dim} {dtype} causal={causal}: {check(mix, dim, dtype, causal, 118, lists)}",
+                    flush=True,
+                )
         for length in chosen.lengths:
             for data in chosen.data:
-                time_one(
-                    data,
-                    chosen.heads,
-                    length,
-                    128,
-                    mix,
-                    chosen.tune and (length, data) == (chosen.lengths[0], chosen.data[0]),
-                )
+                tune = chosen.tune and (length, data) == (chosen.lengths[0], chosen.data[0])
+                for lists in (False, True):
+                    time_one(data, chosen.heads, length, 128, mix, lists, tune)
 
 
 if __name__ == "__main__":

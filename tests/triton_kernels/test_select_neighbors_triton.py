@@ -256,13 +256,182 @@ def test_says_why_it_cannot_serve(change: dict[str, object], reason: str) -> Non
         select_neighbors(q, k, [Proposed("a", random_ranges(case))], eligible_keys(case), 4, "triton")
 
 
-@pytest.mark.parametrize(
-    "proposal",
-    [Candidates(torch.zeros((1, 1, 1, 2), dtype=torch.int32)), Ranges(None, None, None, "all", 3)],
-    ids=["list", "attended-whole"],
-)
-def test_declines_other_proposals(proposal: Candidates | Ranges) -> None:
+def test_declines_slices_that_are_attended_whole() -> None:
     case = Case()
     q, k = integers(case)
-    with pytest.raises(BackendUnavailableError, match="one proposal of ranges"):
-        select_neighbors(q, k, [Proposed("a", proposal)], eligible_keys(case), 4, "triton")
+    proposed = [Proposed("a", random_ranges(case)), Proposed("whole", Ranges(None, None, None, "all", 3))]
+    with pytest.raises(BackendUnavailableError, match="whole is attended whole"):
+        select_neighbors(q, k, proposed, eligible_keys(case), 4, "triton")
+
+
+def test_declines_more_candidates_than_fit() -> None:
+    case = Case(queries=1)
+    q, k = integers(case)
+    some = Proposed("some", random_ranges(case))
+    many = Proposed("many", Candidates(torch.zeros((1, 1, 1, 2045), dtype=torch.int32)))
+    with pytest.raises(BackendUnavailableError, match=r"there may be 2049 \(some 4, many 2045\)"):
+        select_neighbors(q, k, [some, many], eligible_keys(case), 4, "triton")
+
+
+def candidates(
+    case: Case, width: int, lead: str = "bgn", guaranteed: bool = False, scored_by: tuple[Tensor, Tensor] | None = None
+) -> Candidates:
+    """Random keys with repeats and gaps; of size 1 in the dimensions that ``lead`` does not name. ``scored_by``: q and
+    k, whose products come with the keys."""
+    sizes = (("b", case.batch), ("g", case.heads), ("n", case.queries))
+    shape = [size if name in lead else 1 for name, size in sizes]
+    indices = torch.randint(-1, case.keys, (*shape, width), dtype=torch.int32)
+    scores = None
+    if scored_by is not None:
+        q, k = scored_by
+        products = q.double() @ k.double().repeat_interleave(case.heads // case.kv_heads, dim=1).mT
+        scores = products.gather(-1, indices.clamp(min=0).long()).float()
+    return Candidates(indices, scores, guaranteed)
+
+
+def assert_mix_equals_reference(case: Case, q: Tensor, k: Tensor, mix: list[Candidates | Ranges]) -> None:
+    proposed, eligible = [Proposed(f"source{i}", p) for i, p in enumerate(mix)], eligible_keys(case)
+    got = select_neighbors(q, k, proposed, eligible, case.budget, "triton")
+    assert_same(got, select_neighbors(q, k, proposed, eligible, case.budget, "reference"))
+    assert_same(got, select_neighbors(q, k, proposed, eligible, case.budget, "torch"))
+
+
+FEW = Case(queries=4, offset=9)
+MIXES = {
+    "one-list": (FEW, "c"),
+    "one-guaranteed-list": (FEW, "e"),
+    "slices-and-list": (FEW, "rc"),
+    "list-before-slices": (FEW, "cr"),
+    "guaranteed-after-slices": (FEW, "re"),
+    "given-scores": (FEW, "s"),
+    "given-and-computed-scores": (FEW, "csr"),
+    "two-slices": (Case(queries=4, orders=2, offset=9), "rr"),
+    "scan-and-edges": (FEW, "xe"),
+    "everything": (Case(queries=4, offset=9, budget=9), "rexcs"),
+    "not-causal": (Case(queries=4, causal=False), "ecr"),
+    "late-queries": (Case(queries=5, keys=40, offset=35), "rec"),
+    "few-candidates": (Case(queries=4, offset=9, budget=40, buckets=8, limit=2), "rce"),
+    "guaranteed-take-all": (Case(queries=4, budget=4, offset=9), "erc"),
+    "all-scores-equal": (Case(queries=4, offset=9, spread=1, limit=9), "rcs"),
+    "many-ties": (Case(queries=4, offset=9, spread=2, dim=4, limit=9), "rec"),
+    "batch-and-groups": (Case(queries=2, offset=9, batch=2, heads=4, kv_heads=2), "recs"),
+    "float32-odd-dim": (Case(queries=4, offset=9, dtype=torch.float32, dim=20), "rc"),
+    "bfloat16": (Case(queries=4, offset=9, dtype=torch.bfloat16, dim=40), "rc"),
+    "wide-heads": (Case(queries=3, dim=256), "rc"),
+    "padded": (Case(batch=2, queries=4, offset=9, mask="padded"), "rec"),
+    "packed": (Case(queries=4, offset=9, mask="packed"), "rec"),
+    "band-and-columns": (Case(queries=4, offset=9, mask="covered"), "recs"),
+    "band-and-columns-not-causal": (Case(queries=4, offset=9, mask="covered", causal=False), "rec"),
+}
+
+
+@pytest.mark.parametrize(("case", "kinds"), MIXES.values(), ids=MIXES.keys())
+def test_mixes_equal_the_reference(case: Case, kinds: str) -> None:
+    """r: slices, c: a list, s: a list with scores, e: a guaranteed list, x: everything."""
+    q, k = integers(case)
+    make = {
+        "r": lambda: random_ranges(case),
+        "c": lambda: candidates(case, 11, "bn"),
+        "s": lambda: candidates(case, 6, scored_by=(q, k)),
+        "e": lambda: candidates(case, 4, "n", guaranteed=True),
+        "x": Ranges.everything,
+    }
+    assert_mix_equals_reference(case, q, k, [make[kind]() for kind in kinds])
+
+
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
+def test_random_mixes_equal_the_reference(data: st.DataObject) -> None:
+    torch.manual_seed(data.draw(st.integers(0, 10**6), label="seed"))
+    kv_heads = data.draw(st.integers(1, 2), label="Hkv")
+    case = Case(
+        batch=data.draw(st.integers(1, 2), label="B"),
+        heads=kv_heads * data.draw(st.integers(1, 2), label="share"),
+        kv_heads=kv_heads,
+        queries=data.draw(st.integers(1, 5), label="N"),
+        keys=data.draw(st.integers(1, 20), label="M"),
+        offset=data.draw(st.sampled_from([0, 12]), label="offset"),
+        orders=data.draw(st.integers(1, 2), label="S"),
+        limit=data.draw(st.sampled_from([None, 3]), label="limit"),
+        causal=data.draw(st.booleans(), label="causal"),
+        budget=data.draw(st.integers(5, 12), label="budget"),
+        mask=data.draw(st.sampled_from(["plain", "padded", "packed", "covered"]), label="mask"),
+    )
+    q, k = integers(case)
+    lead = data.draw(st.sampled_from(["", "b", "g", "n", "bgn"]), label="broadcast")
+    pool = [
+        random_ranges(case),
+        Ranges(None, None, None, "topk", 3),
+        candidates(case, data.draw(st.integers(1, 9), label="C"), lead),
+        candidates(case, 3, scored_by=(q, k)),
+        candidates(case, 3, lead, guaranteed=True),
+        candidates(case, 2, "n", guaranteed=True),
+    ]
+    chosen = data.draw(st.lists(st.sampled_from(range(len(pool))), min_size=1, max_size=4, unique=True), label="pool")
+    assert_mix_equals_reference(case, q, k, [pool[i] for i in chosen])
+
+
+def test_given_scores_are_used_as_they_are() -> None:
+    q, k = torch.ones(1, 1, 3, 16), torch.ones(1, 1, 10, 16)
+    indices = torch.arange(10, dtype=torch.int32).flip(0).expand(1, 1, 3, 10)
+    given = Candidates(indices, torch.arange(10.0, dtype=torch.float64).flip(0).expand(1, 1, 3, 10))
+    eligible = eligible_keys(Case(queries=3, keys=10, heads=1, causal=False))
+    got = select_neighbors(q, k, [Proposed("a", given)], eligible, 3, "triton")
+    assert got.neighbors.tolist() == [[[[7, 8, 9]] * 3]]
+
+
+def test_lists_of_any_strides() -> None:
+    case = Case(queries=6, keys=11, heads=2, kv_heads=2)
+    (q, k), eligible = integers(case), eligible_keys(case)
+    listed = candidates(case, 5, scored_by=(q, k))
+    every_other = [torch.stack([x, x + 1], dim=-1)[..., 0] for x in (listed.indices, listed.scores)]
+    transposed = [x.mT.contiguous().mT for x in (listed.indices, listed.scores)]
+    q = q.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0)
+    whole = select_neighbors(q, k, [Proposed("a", listed)], eligible, 3, "triton")
+    for x in (every_other, transposed):
+        assert_same(select_neighbors(q, k, [Proposed("a", Candidates(*x))], eligible, 3, "triton"), whole)
+
+
+def test_width_of_a_mix_follows_from_shapes_alone() -> None:
+    case = Case(queries=3, orders=2, limit=3, buckets=20)
+    (q, k), eligible = integers(case), eligible_keys(case)
+    proposed = [Proposed("a", random_ranges(case)), Proposed("b", candidates(case, 5))]
+    assert select_neighbors(q, k, proposed, eligible, 50, "triton").neighbors.shape[-1] == 11
+    assert select_neighbors(q, k, proposed, eligible, 10, "triton").neighbors.shape[-1] == 10
+
+
+def test_keys_beyond_32_bits_of_key_and_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sorting takes 64-bit numbers where there are more keys than 32 bits hold beside a column."""
+    seen = []
+    kernel = triton_cuda.merge_kernel
+
+    class Wide:
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            return lambda *inputs, **constants: (
+                seen.append(grid),
+                kernel[grid](*inputs, **{**constants, "WIDE": True}),
+            )
+
+    monkeypatch.setattr(triton_cuda, "merge_kernel", Wide())
+    case = Case(queries=4)
+    q, k = integers(case)
+    assert_mix_equals_reference(case, q, k, [random_ranges(case), candidates(case, 7)])
+    assert seen == [(4, 2)]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy reports what the test is about
+def test_scores_of_a_list_that_cannot_be_compared() -> None:
+    """Such keys are not listed, whatever is guaranteed is; other queries are unharmed."""
+    case = Case(queries=6, keys=30, heads=1, causal=False)
+    q, k = torch.randn(1, 1, 6, 16), torch.randn(1, 1, 30, 16)
+    eligible = eligible_keys(case)
+    mix = [Proposed("a", candidates(case, 14)), Proposed("b", candidates(case, 2, guaranteed=True))]
+    clean = select_neighbors(q, k, mix, eligible, 5, "triton").neighbors
+    q[0, 0, 2] = float("nan")
+    q[0, 0, 3] = float("inf")
+    q[0, 0, 4] *= 1e38
+    dirty = select_neighbors(q, k, mix, eligible, 5, "triton").neighbors
+    assert torch.equal(clean[:, :, [0, 1, 5]], dirty[:, :, [0, 1, 5]])
+    sure = sorted(set(mix[1].proposal.indices[0, 0, 2].tolist()) - {-1})
+    assert dirty[0, 0, 2].tolist() == sure + [-1] * (5 - len(sure))
+    assert dirty.max() < 30

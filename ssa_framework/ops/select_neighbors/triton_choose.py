@@ -27,7 +27,7 @@ def _normal_quantile(share):
 
 
 @triton.jit
-def _guess(x, total, budget):
+def guess(x, total, budget):
     """A number that about ``budget`` of the ``total`` scores above -inf reach, and how many do reach it.
 
     The first guess takes the scores for normally distributed; the next ones follow the counts.
@@ -60,7 +60,7 @@ def _guess(x, total, budget):
 
 
 @triton.jit
-def _highest(x, budget):
+def highest(x, budget):
     """The highest number that at least ``budget`` of the scores ``x`` reach, by halving the interval of floats."""
     low = tl.full((), -2139095040, tl.int32)  # the lowest finite number
     high = tl.full((), 0x7F800001, tl.int32)  # above infinity
@@ -73,7 +73,7 @@ def _highest(x, budget):
 
 
 @triton.jit
-def _sort(x, SIZE: tl.constexpr, LOG_SIZE: tl.constexpr):
+def sort_network(x, SIZE: tl.constexpr, LOG_SIZE: tl.constexpr):
     """``x [SIZE]`` ascending: a bitonic network. `tl.sort` takes a sixth more instructions."""
     i = tl.arange(0, SIZE)
     for stage in tl.static_range(1, LOG_SIZE + 1):
@@ -113,9 +113,9 @@ def _choose(
     total = tl.sum((x > -float("inf")).to(tl.int32), 0)
     limit = tl.full((), _LOWEST, tl.float32)
     if total > BUDGET:
-        limit, reach = _guess(x, total, BUDGET)
+        limit, reach = guess(x, total, BUDGET)
         if reach != BUDGET:
-            limit = _highest(x, BUDGET)
+            limit = highest(x, BUDGET)
             # of the scores equal to the threshold, the earliest keys
             tied = x == limit
             room = BUDGET - tl.sum((x > limit).to(tl.int32), 0)
@@ -137,7 +137,7 @@ def _choose(
     rank = tl.arange(0, SORTED)
     index = tl.load(line + rank, mask=rank < count, other=0)
     key = _keys(slices, clipped, batch, head, at, index, rank < count, SLOTS, PER_ORDER)
-    key = _sort(tl.where(rank < count, key, 2147483647), SORTED, LOG_SORTED)
+    key = sort_network(tl.where(rank < count, key, 2147483647), SORTED, LOG_SORTED)
     tl.debug_barrier()
     tl.store(line + rank, tl.where(rank < count, key, -1), mask=rank < BUDGET)
     return count, total

@@ -1,9 +1,10 @@
-"""Selection from the slices of one `Ranges` proposal, in Triton.
+"""Selection from candidate lists and from the slices of `Ranges`, in Triton.
 
-1. clip: the slices of each query as the limit leaves them; 2. group: the pairs (query, slice) by the first place of
-the slice; 3. score: tiles of such pairs against the keys of their slices, on the matrix units; 4. choose: per query,
-the best of its scores. Graph heads and rows are taken in chunks whose scores fit `WORK_BYTES`. Nothing waits for the
-device.
+For slices: 1. clip: the slices of each query as the limit leaves them; 2. group: the pairs (query, slice) by the first
+place of the slice; 3. score: tiles of such pairs against the keys of their slices, on the matrix units; 4. choose: per
+query, the best of its scores. Graph heads and rows are taken in chunks whose scores fit `WORK_BYTES`. Where other
+proposals are there, what is chosen so is one candidate list more, and 5. merge: per query, one list of all. Nothing
+waits for the device.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import triton
 from torch import Tensor
 
 from ssa_framework.ops.select_neighbors.triton_choose import choose_kernel
+from ssa_framework.ops.select_neighbors.triton_merge import CandidateList, merge_kernel
 from ssa_framework.ops.select_neighbors.triton_repeats import Places, find_places
 from ssa_framework.ops.select_neighbors.triton_score import Allowed, Pairs, Rows, score_kernel, search_kernel
 from ssa_framework.ops.select_neighbors.triton_slices import (
@@ -27,7 +29,7 @@ from ssa_framework.ops.select_neighbors.triton_slices import (
 )
 from ssa_framework.ops.select_neighbors.types import Eligible, Proposed, Selection, most_listed
 from ssa_framework.ops.triton_runtime import INTERPRETED
-from ssa_framework.proposals import Ranges
+from ssa_framework.proposals import Candidates, Ranges
 
 WORK_BYTES = 2**31
 """What the scores of one chunk may take."""
@@ -37,6 +39,7 @@ _GROUP_BLOCK = 1024
 _MOST_SCORES = 2**14
 """Scores of one query that the choosing kernel holds at once."""
 _MOST_LISTED = 2048
+"""Keys of one query that the merging kernel holds at once."""
 
 
 class ScoreTile(NamedTuple):
@@ -68,6 +71,20 @@ def choose_run(scores: int) -> ChooseRun:
     return ChooseRun(max(1, min(8, scores // 1024)), 64)
 
 
+class MergeRun(NamedTuple):
+    """How the merging kernel is run; ``dims``: coordinates of the gathered rows at a time."""
+
+    warps: int
+    dims: int
+
+
+def merge_run(columns: int, dtype: torch.dtype, head_dim: int) -> MergeRun:
+    """For so many keys of a query."""
+    warps = max(1, min(8, columns // 128))
+    dims = max(16, 4096 * warps // (columns * dtype.itemsize))  # a tile of 4 KiB a warp
+    return MergeRun(warps, min(dims, max(16, triton.next_power_of_2(head_dim))))
+
+
 def why_not(q: Tensor, k: Tensor, proposed: Sequence[Proposed], eligible: Eligible, budget: int) -> str | None:
     """Why `select` cannot serve a call; ``None`` if it can."""
     if q.device.type != "cuda" and not (INTERPRETED.value and q.device.type == "cpu"):
@@ -78,15 +95,26 @@ def why_not(q: Tensor, k: Tensor, proposed: Sequence[Proposed], eligible: Eligib
         return f"it serves head dims up to 256, got {q.shape[3]}"
     if eligible.mask.has_explicit:
         return "attn_mask and mask_mod are looked up edge by edge, which its selection does not do"
-    if len(proposed) != 1 or not isinstance(proposed[0].proposal, Ranges) or proposed[0].is_forced:
-        return "it serves one proposal of ranges that are chosen from by score"
-    ranges = proposed[0].proposal
-    scores = _room(ranges, k.shape[2])
-    if scores > _MOST_SCORES:
-        return f"it holds {_MOST_SCORES} scores of a query, and the slices with their limit may have {scores}"
-    if min(budget, most_listed(ranges, k.shape[2])) > _MOST_LISTED:
-        return f"it lists up to {_MOST_LISTED} keys per query, got a budget of {budget}"
+    for p in proposed:
+        if p.is_forced:
+            return f"{p.source} is attended whole, and it serves what is guaranteed or chosen by score"
+        if isinstance(p.proposal, Ranges) and _room(p.proposal, k.shape[2]) > _MOST_SCORES:
+            return (
+                f"it holds {_MOST_SCORES} scores of a query, and the slices of {p.source} with their limit may have "
+                f"{_room(p.proposal, k.shape[2])}"
+            )
+    widths = {p.source: _listed_width(p.proposal, k.shape[2], budget) for p in proposed}
+    if sum(widths.values()) > _MOST_LISTED:
+        asked = ", ".join(f"{name} {width}" for name, width in widths.items())
+        return f"it holds {_MOST_LISTED} listed keys of a query, and there may be {sum(widths.values())} ({asked})"
     return None
+
+
+def _listed_width(proposal: Candidates | Ranges, keys: int, budget: int) -> int:
+    """The width of a proposal's list before merging."""
+    if isinstance(proposal, Candidates):
+        return proposal.indices.shape[-1]
+    return min(budget, most_listed(proposal, keys))
 
 
 def _slots(ranges: Ranges) -> int:
@@ -107,24 +135,100 @@ def _room(ranges: Ranges, keys: int) -> int:
 
 def select(q: Tensor, k: Tensor, proposed: Sequence[Proposed], eligible: Eligible, budget: int) -> Selection:
     """See `ssa_framework.ops.select_neighbors.api.select_neighbors`; `why_not` must have nothing against it."""
-    ranges = proposed[0].proposal
-    assert isinstance(ranges, Ranges)
+    # A key that is also proposed by score keeps its guarantee.
+    ordered = sorted(proposed, key=lambda p: not p.is_guaranteed)
+    allowed = _allowed(eligible, k.shape[2])
+    counts = torch.zeros((3, len(ordered), _COUNTERS), dtype=torch.int64, device=q.device)
+    listed, scored, unmerged = counts.unbind()
+    first = ordered[0].proposal
+    if len(ordered) == 1 and isinstance(first, Ranges):
+        neighbors = _choose_from(q, k, first, eligible, allowed, budget, listed[0], scored[0])
+    else:
+        lists = [
+            _from_ranges(_choose_from(q, k, p.proposal, eligible, allowed, budget, unmerged[i], scored[i]), listed[i])
+            if isinstance(p.proposal, Ranges)
+            else _from_candidates(p.proposal, listed[i], scored[i])
+            for i, p in enumerate(ordered)
+        ]
+        guaranteed = sum(p.is_guaranteed for p in ordered)
+        width = min(budget, sum(most_listed(p.proposal, k.shape[2]) for p in ordered))
+        neighbors = _merge(q, k, lists, guaranteed, eligible, allowed, width)
+    of_listed, of_scored = counts[:2].sum(-1)
+    return Selection(
+        neighbors,
+        {p.source: of_listed[i] for i, p in enumerate(ordered)},
+        {p.source: of_scored[i] for i, p in enumerate(ordered)},
+    )
+
+
+def _choose_from(
+    q: Tensor,
+    k: Tensor,
+    ranges: Ranges,
+    eligible: Eligible,
+    allowed: Allowed,
+    budget: int,
+    listed: Tensor,
+    scored: Tensor,
+) -> Tensor:
+    """The best of the slices of one proposal, ``[B, G, N, K]``."""
     batch, graph_heads, rows, _ = q.shape
     keys = k.shape[2]
     width = min(budget, most_listed(ranges, keys))
     neighbors = torch.empty((batch, graph_heads, rows, width), dtype=torch.int32, device=q.device)
-    counts = torch.zeros((2, _COUNTERS), dtype=torch.int64, device=q.device)
     at_once = max(1, WORK_BYTES // (4 * _room(ranges, keys)))
     some_heads, some_rows = max(1, at_once // rows), min(rows, at_once)
-    task = _Task(q, k, ranges, eligible, width, neighbors, counts)
+    task = _Task(q, k, ranges, eligible, allowed, width, neighbors, listed, scored)
     for head in range(0, batch * graph_heads, some_heads):
         task.run(head, min(some_heads, batch * graph_heads - head), some_rows)
-    listed, scored = counts.sum(1).unbind()
-    return Selection(neighbors, {proposed[0].source: listed}, {proposed[0].source: scored})
+    return neighbors
+
+
+def _from_ranges(chosen: Tensor, listed: Tensor) -> CandidateList:
+    return CandidateList(chosen, *chosen.stride()[:3], chosen.shape[-1], None, 0, 0, 0, listed, None)
+
+
+def _from_candidates(candidates: Candidates, listed: Tensor, scored: Tensor) -> CandidateList:
+    keys, keys_strides = _lines(candidates.indices)
+    width = keys.shape[-1]
+    if candidates.guaranteed:
+        return CandidateList(keys, *keys_strides, width, None, 0, 0, 0, listed, None)
+    scores, scores_strides = (None, (0, 0, 0)) if candidates.scores is None else _lines(candidates.scores)
+    return CandidateList(keys, *keys_strides, width, scores, *scores_strides, listed, scored)
+
+
+def _lines(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """``[B or 1, G or 1, N or 1, C]`` with neighbouring columns side by side, and its other strides."""
+    x = x if x.stride(3) == 1 else x.contiguous()
+    return x, (_stride(x, 0), _stride(x, 1), _stride(x, 2))
+
+
+def _merge(
+    q: Tensor,
+    k: Tensor,
+    lists: Sequence[CandidateList],
+    guaranteed: int,
+    eligible: Eligible,
+    allowed: Allowed,
+    width: int,
+) -> Tensor:
+    """One list out of several, those of the first ``guaranteed`` before the others: ``[B, G, N, width]``."""
+    batch, graph_heads, rows, head_dim = q.shape
+    neighbors = torch.empty((batch, graph_heads, rows, width), dtype=torch.int32, device=q.device)
+    size = max(16, triton.next_power_of_2(sum(one.width for one in lists)))
+    run = merge_run(size, k.dtype, head_dim)
+    merge_kernel[(rows, batch * graph_heads)](
+        Rows(q, *q.stride()), Rows(k, *k.stride()), tuple(lists), allowed, neighbors, graph_heads, rows, _COUNTERS,
+        LISTS=len(lists), GUARANTEED=guaranteed, KV_SHARE=graph_heads // k.shape[1], CAUSAL=eligible.mask.causal,
+        BAND=eligible.band is not None, BUDGET=width, PADDED=max(16, triton.next_power_of_2(width)), SIZE=size,
+        LOG_SIZE=size.bit_length() - 1, WIDE=k.shape[2] * size >= 2**31, D=head_dim, DIMS=run.dims,
+        num_warps=run.warps,
+    )  # fmt: skip
+    return neighbors
 
 
 class _Task:
-    """One call: what is the same for all chunks."""
+    """The slices of one proposal: what is the same for all chunks."""
 
     def __init__(
         self,
@@ -132,12 +236,14 @@ class _Task:
         k: Tensor,
         ranges: Ranges,
         eligible: Eligible,
+        allowed: Allowed,
         width: int,
         neighbors: Tensor,
-        counts: Tensor,
+        listed: Tensor,
+        scored: Tensor,
     ) -> None:
         self.q, self.k, self.neighbors = q, k, neighbors
-        self.listed, self.scored = counts
+        self.listed, self.scored = listed, scored
         self.width = width
         self.graph_heads, self.rows, self.head_dim = q.shape[1:]
         self.keys = k.shape[2]
@@ -149,7 +255,7 @@ class _Task:
         self.room = _room(ranges, self.keys)
         self.causal = eligible.mask.causal
         self.slices = _slices(ranges, self.length)
-        self.allowed = _allowed(eligible, self.keys)
+        self.allowed = allowed
         self.has_band = eligible.band is not None
 
     def run(self, first_head: int, heads: int, some_rows: int) -> None:
