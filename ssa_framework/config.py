@@ -49,8 +49,8 @@ class AuditOptions:
         ConfigError: a number out of range.
     """
 
-    queries: int = 16
-    keys: int | None = 256
+    queries: int = 8
+    keys: int | None = 128
     confidence: float = 0.95
     every: int = 1
     seed: int = 0
