@@ -242,3 +242,23 @@ def test_the_command_writes_a_configuration(tmp_path: Path, monkeypatch: pytest.
     assert set(config.source_mix) == {"clusters"}
     assert json.loads((out / "tune.json").read_text())["result"]["meets"]
     assert "mine, budget" in run.output
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"index": "Flat"},
+        {"index": "IVF4,Flat", "nprobe": 2, "train_size": 32},
+        {"index": "HNSW8", "ef_search": 16},
+        {"index": "PQ4x4", "train_size": 32},
+    ],
+    ids=lambda options: options["index"],
+)
+def test_indices_of_faiss_are_candidates_like_others(options: dict[str, Any]) -> None:
+    pytest.importorskip("faiss")
+    mix = SSAConfig(sources={"self": {}, "faiss": {"block": 16, **options}})
+    found = search(Target("output_error", 0.9), candidates=with_budgets({"faiss": mix, **MIXES}, (8,)))
+    for points in found.points.values():
+        point = points["faiss, budget 8"]
+        assert 8 <= point.cost <= found.allowed + 17
+        assert 0 < point.output_error < 2
