@@ -1,7 +1,7 @@
 """Audits of the attention mass that a graph misses: how often the interval holds the exact mass, and what they cost.
 
-Coverage is on synthetic keys with topics; cost is CPU time of one thread, in turns with the forward pass of one layer of
-a `SparseTransformer` with the preset "balanced". Writes one CSV row per graph and number of keys, and per length.
+Coverage is on synthetic keys with topics; cost is CPU time of one thread, in turns with the forward pass of one layer
+of a `SparseTransformer` with the preset "balanced". Writes one CSV row per graph and number of keys, and per length.
 
     python benchmarks/audit.py
 """

@@ -45,8 +45,9 @@ from ssa_framework.registry import SourceRegistry
 DENSE = "dense"
 """What the candidate is called that attends everything."""
 
-BUDGETS = (16, 48, 96, 160)
+BUDGETS = (16, 48, 96, 160, 256, 384)
 _LEVELS = (
+    [[256, 8], [2048, 8], [8192, 64]],
     [[256, 8], [2048, 32], [8192, 64]],
     [[128, 8], [1024, 32], [8192, 64]],
     [[64, 8], [256, 16], [1024, 32], [4096, 64]],
