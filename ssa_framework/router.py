@@ -165,9 +165,9 @@ class Router(nn.Module):
     def audit(self, q: Tensor, k: Tensor, graph: NeighborGraph, *, scale: float | None = None) -> None:
         """Estimate what a graph of this router misses, if the configuration asks for it and it is this call's turn,
         put it into `last_audit`, and tell the observers (`ssa_graph_audited`). Arguments as in `audit_graph`."""
-        self.last_audit = None
         if self.audit_options is None:
             return
+        self.last_audit = None
         call, self._calls = self._calls, self._calls + 1
         if call % self.audit_options.every:
             return
