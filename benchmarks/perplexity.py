@@ -13,21 +13,14 @@ few of its modules. Writes one CSV row per length, text, mix and choice of dense
 
 from __future__ import annotations
 
-import argparse
 import csv
-import inspect
 import json
-import math
-import pydoc_data.topics
-import tokenize
-import typing
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 import transformers
 import typer
 from recall import commit
@@ -40,6 +33,8 @@ import ssa_framework
 from ssa_framework import NeighborGraph, SourceRegistry, SSAConfig
 from ssa_framework.hookspecs import hookimpl
 from ssa_framework.integrations.transformers import use_sparse_attention
+from ssa_framework.laboratory.models import default_texts, load_model, read_texts, tokens_of
+from ssa_framework.laboratory.perplexity import MOST_SCORED, perplexity
 from ssa_framework.presets import PRESETS
 
 FIXED: dict[str, dict[str, Any]] = {"self": {}, "window": {"size": 16}, "global": {"tokens": 4}}
@@ -52,8 +47,6 @@ MIXES: dict[str, SSAConfig] = {
     ),
     "topk": SSAConfig(num_neighbors=149, sources={**FIXED, "topk": {}}),
 }
-MOST_SCORED = 1024
-CHARACTERS_PER_TOKEN = 12  # more than any tokenizer needs for these texts
 COLUMNS = [
     "model", "length", "text", "mix", "dense_layers", "perplexity", "dense_perplexity", "change_percent",
     "attended_percent", "keys_scored", "tokens_scored", "config", "dtype", "threads", "version", "commit", "torch",
@@ -73,20 +66,6 @@ class GraphTotals:
         self.graphs += 1
         self.attended += sum(graph.slots_by_source().values()) / ((graph.num_keys + 1) / 2)
         self.scored += sum(graph.keys_scored().values())
-
-
-def default_texts() -> dict[str, str]:
-    topics = "\n\n".join(pydoc_data.topics.topics.values())
-    code = "\n\n".join(inspect.getsource(module) for module in (argparse, typing, tokenize))
-    return {"reference": topics[:200_000], "reference, later": topics[200_000:], "code": code}
-
-
-def perplexity(model: Any, ids: Tensor) -> float:
-    """Of the last tokens of ``ids [1, N]``."""
-    scored = min(MOST_SCORED, ids.shape[1] // 2)
-    with torch.inference_mode():
-        logits = model(ids, logits_to_keep=scored + 1, use_cache=False).logits[0, :-1]
-    return math.exp(F.cross_entropy(logits.float(), ids[0, -scored:]).item())
 
 
 def parse_mix(text: str) -> tuple[str, SSAConfig]:
@@ -150,11 +129,8 @@ def main(
     """Compare the perplexity of sparse and dense attention."""
     torch.set_num_threads(threads)
     lengths, chosen = length or [4096], dict(map(parse_mix, mix or MIXES))
-    texts = {path.name: path.read_text(encoding="utf-8") for path in text} if text else default_texts()
-    options: dict[str, Any] = {"local_files_only": True} | ({} if gguf_file is None else {"gguf_file": gguf_file})
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder, **options)
-    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, dtype), **options)
-    model.eval()
+    texts = read_texts(text) if text else default_texts()
+    model, tokenizer = load_model(model_folder, gguf_file=gguf_file, dtype=getattr(torch, dtype))
     common = {
         "model": model_folder.name, "dtype": dtype, "threads": threads, "version": ssa_framework.__version__,
         "commit": commit(), "torch": torch.__version__, "transformers": transformers.__version__,
@@ -166,10 +142,7 @@ def main(
         advance = partial(progress.advance, progress.add_task("forward passes", total=passes))
         for tokens in lengths:
             for name, content in texts.items():
-                whole = tokenizer(content[: CHARACTERS_PER_TOKEN * tokens], return_tensors="pt").input_ids
-                if whole.shape[1] < tokens:
-                    raise typer.BadParameter(f"{name!r} has {whole.shape[1]} tokens, --length says {tokens}")
-                found = measure(model, whole[:, :tokens], chosen, choices, advance)
+                found = measure(model, tokens_of(tokenizer, content, tokens), chosen, choices, advance)
                 rows.extend({**common, "text": name, **row} for row in found)
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="", encoding="utf-8") as file:

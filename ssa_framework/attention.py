@@ -15,7 +15,7 @@ from ssa_framework.cache import LayerCache
 from ssa_framework.checkpoint import guard_checkpoints
 from ssa_framework.config import SSAConfig
 from ssa_framework.decoding import attend_cached
-from ssa_framework.errors import CacheError, GraphError, MaskError, ShapeError
+from ssa_framework.errors import CacheError, ConfigError, GraphError, MaskError, ShapeError
 from ssa_framework.graph import NeighborGraph
 from ssa_framework.masks import MaskMod, make_edge_mask
 from ssa_framework.ops.neighbor_attention import neighbor_attention
@@ -174,6 +174,9 @@ def sparse_attention(
         graph = build_graph(query, key, config=config, is_causal=causal, attn_mask=attn_mask, **graph_options)
     else:
         check_given_graph(graph, attn_mask, is_causal, graph_options)
+    if config.audit_options is not None:
+        router = functional_router(config, query, key, is_causal or config.causal, graph_options.get("registry"))
+        router.audit(query, key, graph, scale=scale)
     out, _ = neighbor_attention(
         query,
         key,
@@ -356,11 +359,13 @@ class SparseAttention(nn.Module):
             graph = self.build_graph(q, k, cross=key_value is not None, attention_mask=attention_mask, **graph_options)
         else:
             check_given_graph(graph, attention_mask, False, graph_options)
+        self.router.audit(q, k, graph)
         out = self.Wo(self.apply_graph(q, k, v, graph).transpose(1, 2).flatten(2))
         return out, self._stats(graph) if return_stats else {}
 
     def _stats(self, graph: NeighborGraph) -> dict[str, Any]:
-        return graph_stats(graph, self.config.head_dim)
+        audit = self.router.last_audit
+        return graph_stats(graph, self.config.head_dim) | ({} if audit is None else {"audit": audit.as_dict()})
 
     def route_compiled(
         self, q: Tensor, k: Tensor, attention_mask: Tensor | None = None, **graph_options: Any
@@ -389,6 +394,25 @@ class SparseAttention(nn.Module):
             **compiled.mask_options(graph_options),
         )
 
+    def reconfigure(self, config: SSAConfig) -> None:
+        """Route in another way from the next call on, such as with a larger budget where an audit says that too much
+        is missed. Sources are made anew from their seed; caches that were filled before don't fit any more.
+
+        Raises:
+            ConfigError: other sizes than the layer has. SSAError: whatever the sources raise.
+        """
+        sizes = ("d_model", "num_heads", "kv_heads", "rope_base")
+        different = [name for name in sizes if getattr(config, name) != getattr(self.config, name)]
+        if different:
+            raise ConfigError(
+                f"a layer keeps its {', '.join(sizes)}; of this configuration {', '.join(different)} differ: take "
+                f"layer.config.replace(...)"
+            )
+        check_backend(config.backend)
+        router = Router(config, registry=self.router.registry).to(self.Wq.weight.device).train(self.training)
+        router.name = self.router.name
+        self.config, self.router = config, router
+
     def _decode(
         self,
         x: Tensor,
@@ -411,7 +435,7 @@ class SparseAttention(nn.Module):
         attended, routed = attend_cached(
             self.router, cache, q, k, v, fp32_weights=self.config.fp32_attn_weights, **options
         )
-        stats = graph_stats(routed, self.config.head_dim) if return_stats and routed is not None else {}
+        stats = self._stats(routed) if return_stats and routed is not None else {}
         return self.Wo(attended.transpose(1, 2).flatten(2)), stats
 
     def _check_input(self, name: str, x: Tensor) -> None:
@@ -427,7 +451,8 @@ def graph_stats(graph: NeighborGraph, head_dim: int) -> dict[str, Any]:
 
     ``neighbors_shape`` ``(B, H, N, slots)``; ``peak_sparse_elems`` and ``peak_full_elems``, the elements that a
     gather of all slots and of all keys would take, and their ratio ``compression``; ``padding_fraction``, the share
-    of slots without a neighbor; ``slots`` and ``keys_scored``, per source, means per query.
+    of slots without a neighbor; ``slots`` and ``keys_scored``, per source, means per query. A layer adds ``audit``,
+    an `AuditReport` as a dictionary, where the call was audited.
     """
     per_query = graph.batch * graph.num_heads * graph.num_queries * head_dim
     slots = graph.slots

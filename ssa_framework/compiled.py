@@ -175,6 +175,11 @@ def _text(
         "state": None,
     }
     handle = None
+    config = router if isinstance(router, SSAConfig) else router.config
+    if config.audit is not None:
+        raise ConfigError(
+            "a compiled program is not audited; leave audit=... out of the configuration, or do not compile"
+        )
     if isinstance(router, SSAConfig):
         said["config"] = {name: getattr(router, name) for name in _CONFIG_FIELDS}
     else:

@@ -19,6 +19,50 @@ _FLAT_SOURCE_FIELDS = (
     "num_global_tokens",
     "global_token_indices",
 )
+_LAYER_FIELDS = (
+    "num_neighbors",
+    *_FLAT_SOURCE_FIELDS,
+    "sources",
+    "graph_heads",
+    "backend",
+    "dense_below",
+    "seed",
+    "fp32_attn_weights",
+    "audit",
+)
+"""What may differ from layer to layer of a model."""
+_ALWAYS_DENSE = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class AuditOptions:
+    """How `ssa_framework.audit` estimates the attention mass that a graph misses.
+
+    Attributes:
+        queries: how many are drawn at random in every audited call, the same for all batch elements and heads.
+        keys: how many of the keys that were not selected are drawn for each of them; ``None`` looks at all of them.
+        confidence: of the interval.
+        every: audit one of so many calls of a layer, beginning with the first.
+        seed: of what is drawn.
+
+    Raises:
+        ConfigError: a number out of range.
+    """
+
+    queries: int = 8
+    keys: int | None = 128
+    confidence: float = 0.95
+    every: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require_int("audit: queries", self.queries, 1)
+        if self.keys is not None:
+            _require_int("audit: keys", self.keys, 2)
+        if isinstance(self.confidence, bool) or not 0.0 < float(self.confidence) < 1.0:
+            raise ConfigError(f"audit: confidence must lie in (0, 1), got {self.confidence!r}")
+        _require_int("audit: every", self.every, 1)
+        _require_int("audit: seed", self.seed, 0)
 
 
 @dataclass
@@ -50,6 +94,11 @@ class SSAConfig:
         seed: of everything random in the sources.
         rope_base: rotary position embedding of queries and keys in self-attention with this base (usually 10000.0);
             ``None`` leaves positions to the caller, as the original project does.
+        layers: for single layers of a model, by index: ``"dense"``, or the fields in which they differ from this
+            configuration (sources, budget, graph heads, backend, ``dense_below``, seed, ``fp32_attn_weights``, audit).
+            Models honour it; where there is one layer only, take `for_layer`.
+        audit: estimate while it runs how much attention mass the graph misses: ``True``, or options of
+            `AuditOptions` as a mapping; ``None`` = no.
     """
 
     d_model: int = 512
@@ -71,8 +120,12 @@ class SSAConfig:
     dense_below: int | Literal["auto"] | None = None
     seed: int = 0
     rope_base: float | None = None
+    layers: Mapping[int, Mapping[str, Any] | Literal["dense"]] | None = None
+    audit: Mapping[str, Any] | bool | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.layers, Mapping):
+            self.layers = {_index(i): fields_of_layer for i, fields_of_layer in self.layers.items()}
         self.validate()
 
     def validate(self) -> None:
@@ -110,7 +163,9 @@ class SSAConfig:
         if self.global_token_indices is not None:
             for index in self.global_token_indices:
                 _require_int("global_token_indices", index, 0)
+        self._validate_audit()
         self._validate_sources()
+        self._validate_layers()
 
     def _validate_sources(self) -> None:
         if self.sources is None:
@@ -126,6 +181,65 @@ class SSAConfig:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} has no effect beside sources; write it as an option of the source"
                 )
+
+    def _validate_audit(self) -> None:
+        if self.audit is not None and not isinstance(self.audit, bool | Mapping):
+            raise ConfigError(f"audit must be True, a mapping of its options, or None, got {self.audit!r}")
+        known = [f.name for f in fields(AuditOptions)]
+        unknown = [name for name in self.audit if name not in known] if isinstance(self.audit, Mapping) else []
+        if unknown:
+            raise ConfigError(f"audit has no option {', '.join(map(repr, unknown))}; its options: {', '.join(known)}")
+        _ = self.audit_options
+
+    @property
+    def audit_options(self) -> AuditOptions | None:
+        """`audit` with its defaults; ``None`` where nothing is audited."""
+        if self.audit is None or self.audit is False:
+            return None
+        return AuditOptions() if self.audit is True else AuditOptions(**self.audit)
+
+    def _validate_layers(self) -> None:
+        if self.layers is None:
+            return
+        if not isinstance(self.layers, Mapping) or not self.layers:
+            raise ConfigError(f"layers must be a non-empty mapping from layer index to fields, got {self.layers!r}")
+        for index, fields_of_layer in self.layers.items():
+            _require_int("layers: an index", index, 0)
+            if fields_of_layer == "dense":
+                continue
+            if not isinstance(fields_of_layer, Mapping):
+                raise ConfigError(f"layers[{index}] must be 'dense' or a mapping of fields, got {fields_of_layer!r}")
+            unknown = [name for name in fields_of_layer if name not in _LAYER_FIELDS]
+            if unknown:
+                raise ConfigError(
+                    f"layers[{index}] cannot differ in {', '.join(map(repr, unknown))}; it can in "
+                    f"{', '.join(_LAYER_FIELDS)}"
+                )
+            try:
+                self.for_layer(index)
+            except ConfigError as error:
+                raise ConfigError(f"layers[{index}]: {error}") from error
+
+    def for_layer(self, index: int) -> SSAConfig:
+        """The configuration of one layer of a model, without `layers`. One that is dense computes densely whatever
+        the length."""
+        if self.layers is None:
+            return self
+        own = self.layers.get(index, {})
+        if isinstance(own, str):
+            return replace(self, layers=None, dense_below=_ALWAYS_DENSE)
+        return replace(self, **{**own, "layers": None})
+
+    def of_every_layer(self) -> list[SSAConfig]:
+        """This configuration without `layers`, for those that they don't name, and that of each layer that they do."""
+        if self.layers is None:
+            return [self]
+        return [replace(self, layers=None), *(self.for_layer(index) for index in self.layers)]
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it computes densely whatever the length, as `for_layer` says of a dense layer."""
+        return self.dense_below == _ALWAYS_DENSE
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> SSAConfig:
@@ -211,6 +325,11 @@ class SSAConfig:
         if not isinstance(values, dict):
             raise ConfigError(f"a JSON configuration is an object, got {type(values).__name__}")
         return cls.from_dict(values)
+
+
+def _index(index: Any) -> Any:
+    """``"3"`` as 3: JSON has no integers for keys."""
+    return int(index) if isinstance(index, str) and index.isdecimal() else index
 
 
 def _require_int(name: str, value: object, low: int, high: int | None = None) -> None:

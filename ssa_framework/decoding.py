@@ -109,6 +109,7 @@ def attend_last(
                 graph = router(some, keys, mask, source_inputs=source_inputs, cache=states)
             finally:
                 states.sequence = None  # views of a room that may be outgrown
+            router.audit(some, keys, graph, scale=scale)
             out, _ = neighbor_attention(
                 some,
                 keys,

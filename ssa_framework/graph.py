@@ -210,6 +210,27 @@ class NeighborGraph:
         neighbors = self.neighbors[:, :, rows] if self.neighbors is not None else None
         return replace(self, mask=mask, neighbors=neighbors, spans=spans, slices=slices, summaries=summaries)
 
+    def pick(self, rows: Tensor) -> NeighborGraph:
+        """The graph of the queries ``rows``, integer ``[T]``, in that order. What the sources brought is a sum over all
+        queries, so it is left out."""
+        mask = self.mask
+        attn_mask, mask_mod = mask.attn_mask, mask.mask_mod
+        if attn_mask is not None and attn_mask.shape[2] > 1:
+            attn_mask = attn_mask[:, :, rows]
+        row_offset = mask.row_offset
+        picked = EdgeMask(
+            causal=mask.causal,
+            positions=mask.positions[:, rows],
+            offset=None,
+            key_keep=mask.key_keep,
+            query_segments=None if mask.query_segments is None else mask.query_segments[:, rows],
+            key_segments=mask.key_segments,
+            attn_mask=attn_mask,
+            mask_mod=None if mask_mod is None else lambda b, h, i, m: mask_mod(b, h, rows[i] + row_offset, m),
+            batch_offset=mask.batch_offset,
+        )
+        return replace(self.with_queries(picked, rows), sources={})
+
     def row_chunks(self, elements_per_edge: int = 1) -> Iterator[tuple[slice, NeighborGraph]]:
         """The graph in pieces of consecutive queries, so that what is made of a piece stays small."""
         per_row = max(1, self.batch * self.graph_heads * self.slots * elements_per_edge)

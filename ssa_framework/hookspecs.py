@@ -24,3 +24,8 @@ def ssa_register_sources(register: Registrar) -> None:
 @hookspec
 def ssa_graph_built(graph: Any, layer: Any) -> None:
     """Observe a `NeighborGraph` right after a router built it. ``layer`` is the `LayerSpec` of the layer."""
+
+
+@hookspec
+def ssa_graph_audited(report: Any, layer: Any) -> None:
+    """Observe an `AuditReport` of the attention mass that a graph misses (``SSAConfig(audit=...)``)."""

@@ -229,6 +229,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         else:
             padding = {} if key_padding_mask is None else {"key_padding_mask": key_padding_mask}
             check_given_graph(graph, attn_mask, is_causal, {**graph_options, **padding})
+        self.router.audit(q, k, graph)
         out, _ = neighbor_attention(
             q,
             k,

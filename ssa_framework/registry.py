@@ -202,6 +202,12 @@ class SourceRegistry:
         if hook.get_hookimpls():
             hook(graph=graph, layer=layer)
 
+    def graph_audited(self, report: Any, layer: Any) -> None:
+        """Tell the observers (`ssa_graph_audited`) of an audit."""
+        hook = self.manager.hook.ssa_graph_audited
+        if hook.get_hookimpls():
+            hook(report=report, layer=layer)
+
 
 def _allowed_distributions(plugins: Iterable[str] | None) -> set[str] | None:
     if isinstance(plugins, str):

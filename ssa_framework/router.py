@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 import weakref
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssa_framework.audit import AuditReport, audit_graph
 from ssa_framework.cache import IndexStates
 from ssa_framework.config import SSAConfig
 from ssa_framework.crossover import faster_dense
@@ -59,6 +61,10 @@ class Router(nn.Module):
         config: the source mix, the budget and the heads.
         layer: what the sources may know; made from ``config`` if left out.
         registry: where source names are looked up; the default registry if left out.
+
+    Attributes:
+        name: what reports call the layer; empty unless a model says.
+        last_audit: of the last call; ``None`` where it was not audited.
     """
 
     handle: Tensor
@@ -67,6 +73,11 @@ class Router(nn.Module):
         self, config: SSAConfig, layer: LayerSpec | None = None, registry: SourceRegistry | None = None
     ) -> None:
         super().__init__()
+        if config.layers is not None:
+            raise ConfigError(
+                "this configuration differs from layer to layer (layers=...), and here is one layer; pass "
+                "config.for_layer(index)"
+            )
         self.config = copy(config)
         self.layer = layer_spec(config) if layer is None else layer
         self.registry = default_registry() if registry is None else registry
@@ -74,6 +85,10 @@ class Router(nn.Module):
         self.shared_by_group = config.graph_heads == "kv"
         self.dense_below = config.dense_below
         self.backend = config.backend
+        self.name = ""
+        self.audit_options = config.audit_options
+        self.last_audit: AuditReport | None = None
+        self._calls = 0
         classes = {name: self.registry.get(name) for name in self.mix}
         self.sources = nn.ModuleDict(
             {name: create_source(name, classes[name], self.layer, options) for name, options in self.mix.items()}
@@ -205,6 +220,28 @@ class Router(nn.Module):
             return self._build(
                 q, k, mask, active, inputs, may_be_dense=dense_below != 0, cache=cache, partial=partial, spread=spread
             )
+
+    def audit(self, q: Tensor, k: Tensor, graph: NeighborGraph, *, scale: float | None = None) -> None:
+        """Estimate what a graph of this router misses, if the configuration asks for it and it is this call's turn,
+        put it into `last_audit`, and tell the observers (`ssa_graph_audited`). Arguments as in `audit_graph`."""
+        if self.audit_options is None:
+            return
+        self.last_audit = None
+        call, self._calls = self._calls, self._calls + 1
+        if call % self.audit_options.every:
+            return
+        draw = zlib.crc32(f"{self.audit_options.seed} {self.name} {call}".encode())
+        self.last_audit = audit_graph(
+            q,
+            k,
+            graph,
+            options=self.audit_options,
+            scale=scale,
+            generator=torch.Generator().manual_seed(draw),
+            layer=self.name,
+        )
+        if self.last_audit is not None:
+            self.registry.graph_audited(self.last_audit, self.layer)
 
     def _build(
         self,

@@ -78,7 +78,8 @@ class SparseTransformer(nn.Module):
     """A stack of `SparseTransformerLayer`, with token embedding and final norm.
 
     Args:
-        config: of every layer; layer ``i`` gets the seed ``config.seed + i``, so that each hashes in its own way.
+        config: of every layer, or of each (``layers``); i is added to the seed of layer i, so that each hashes in its
+            own way.
         num_layers: how many layers.
         vocab_size: tokens of the embedding; 0 = no embedding.
         ffn_mult, registry: see `SparseTransformerLayer`.
@@ -101,9 +102,9 @@ class SparseTransformer(nn.Module):
         _require_count("vocab_size", vocab_size, 0)
         self.config = config
         self.embed = nn.Embedding(vocab_size, config.d_model) if vocab_size else None
-        self.layers = nn.ModuleList(
-            SparseTransformerLayer(config.replace(seed=config.seed + i), ffn_mult, registry) for i in range(num_layers)
-        )
+        self.layers = nn.ModuleList(SparseTransformerLayer(c, ffn_mult, registry) for c in _configs(config, num_layers))
+        for i, layer in enumerate(cast(list[SparseTransformerLayer], self.layers)):
+            layer.attn.router.name = f"layers.{i}"
         self.norm = nn.LayerNorm(config.d_model)
 
     def embed_input(self, tokens_or_x: Tensor) -> Tensor:
@@ -304,6 +305,15 @@ def measure_cross_layer_overlap(model: SparseTransformer, x: Tensor, **graph_opt
         "mean_overlap_per_adjacent_pair": [float(o.mean()) if o.numel() else 1.0 for o in overlaps],
         "num_layers": len(model.layers),
     }
+
+
+def _configs(config: SSAConfig, num_layers: int) -> list[SSAConfig]:
+    """Of each layer, with seeds of their own."""
+    unknown = [index for index in config.layers or () if index >= num_layers]
+    if unknown:
+        raise ConfigError(f"layers of the configuration name layer {unknown[0]}; this model has 0 to {num_layers - 1}")
+    each = [config.for_layer(index) for index in range(num_layers)]
+    return [own.replace(seed=own.seed + index) for index, own in enumerate(each)]
 
 
 def _require_count(name: str, value: object, low: int) -> None:

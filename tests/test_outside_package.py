@@ -77,6 +77,8 @@ from ssa_framework.cli.main import app
 from ssa_framework.laboratory.capture import synthetic_layer
 from ssa_framework.laboratory.compare import compare
 from ssa_framework.laboratory.inspect import inspect_layer
+from ssa_framework.laboratory.tune import Target, tune
+from transformers import LlamaConfig, LlamaForCausalLM
 
 layer = synthetic_layer("clustered", length=65, heads=4, kv_heads=2, head_dim=16)
 mixes = {
@@ -89,7 +91,26 @@ for name, mix in looked_at.items():
 compared = compare([layer], mixes, queries=65, seconds=0.0).mixes
 arguments = ["--mix", 'mine={"outside_window": {"size": 5}}', "--queries", "8", "--no-time", "--out", "out"]
 run = CliRunner().invoke(app, ["compare", "gaussian", "-n", "65", *arguments])
+benched = CliRunner().invoke(app, [
+    "bench", "--mix", 'mine={"outside_window": {"size": 5}}', "--length", "65", "--heads", "2", "--head-dim", "16",
+    "--min-time", "0", "--out", "bench",
+])
+torch.manual_seed(0)
+sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+model = LlamaForCausalLM(LlamaConfig(**sizes, pad_token_id=0)).eval()
+text = torch.randint(2, 97, (1, 64))
+tuned = tune(
+    model, {"a": text}, Target("output_error", 0.9), queries=16, references={},
+    candidates={
+        name: SSAConfig(num_neighbors=24, sources={name: {"size": 5}}) for name in ("window", "outside_window")
+    },
+)
 print(json.dumps({
+    "benched": [benched.exit_code, benched.output],
+    "tuned": {name: [vars(of_layer[name]) for of_layer in tuned.points.values()]
+              for name in ("window", "outside_window")},
+    "chosen": sorted(set(tuned.layers.values())),
     "inspected": looked_at,
     "quality": {mix.name: vars(mix.quality) for mix in compared},
     "timed": all(mix.times is not None for mix in compared),
@@ -194,3 +215,9 @@ def test_it_appears_in_the_laboratory_as_the_built_in_does(installed: Path, tmp_
     assert found["timed"]
     assert found["exit_code"] == 0
     assert "outside_window" in found["page"]
+    assert found["tuned"]["outside_window"] == found["tuned"]["window"]
+    assert "outside_window" in found["chosen"]
+    assert "window" not in found["chosen"]  # of two that cost the same, the first by name
+    code, printed = found["benched"]
+    assert code == 0, printed
+    assert "mine" in printed

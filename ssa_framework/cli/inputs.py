@@ -59,7 +59,8 @@ def check_mixes(mixes: Mapping[str, SSAConfig], option: str = "--mix") -> None:
     """
     for name, config in mixes.items():
         try:
-            Router(config)
+            for own in config.of_every_layer():
+                Router(own)
         except SSAError as error:
             raise typer.BadParameter(f"mix {name!r}: {error}", param_hint=option) from error
 

@@ -30,7 +30,7 @@ def inspect(
     length: Annotated[int, typer.Option("--length", "-n", min=2, help="Tokens of the text.")] = 8192,
     layers: Annotated[str | None, typer.Option(help=LAYERS_HELP, show_default="all")] = None,
     mix: Annotated[list[str] | None, typer.Option(help=MIX_HELP, show_default=", ".join(DEFAULT_MIXES))] = None,
-    queries: Annotated[int, typer.Option(min=1, help="Sampled queries per head.")] = 256,
+    queries: Annotated[int, typer.Option(min=1, help="Sampled queries per head.")] = 128,
     first_query: Annotated[
         int, typer.Option(min=0, help="Sample only queries from this position on; early ones have few keys.")
     ] = 0,

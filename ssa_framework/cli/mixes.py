@@ -108,4 +108,5 @@ def configured(config: Mapping[str, Any]) -> str:
     """What of a configuration, as `SSAConfig.to_dict` gives it, decides what is found, as JSON."""
     whole = SSAConfig.from_dict(config)
     chosen = {"num_neighbors": whole.num_neighbors, "sources": whole.source_mix, "graph_heads": whole.graph_heads}
-    return json.dumps({**chosen, "seed": whole.seed}, default=repr)
+    layers = {} if whole.layers is None else {"layers": whole.layers}
+    return json.dumps({**chosen, "seed": whole.seed, **layers}, default=repr)

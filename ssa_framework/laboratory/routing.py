@@ -43,7 +43,8 @@ class MixRouter:
     attention: what is looked at is the routing.
 
     Args:
-        config: source mix, budget, graph heads, seed; sizes and causality are those of the layers.
+        config: source mix, budget, graph heads, seed; sizes and causality are those of the layers. Its ``layers`` are
+            honoured: in one that is dense, every allowed key is a neighbor.
         registry: where source names are looked up; the default registry if left out.
     """
 
@@ -59,7 +60,8 @@ class MixRouter:
             ConfigError: a source with parameters of its own. SSAError: whatever the sources raise.
         """
         heads, kv_heads, dim = layer.q.shape[1], layer.k.shape[1], layer.q.shape[3]
-        key = (heads, kv_heads, dim, layer.causal, layer.q.device)
+        own = layer.layer if layer.layer in (self.config.layers or ()) else None
+        key = (own, heads, kv_heads, dim, layer.causal, layer.q.device)
         if key not in self._routers:
             config = routing_config(self.config, layer)
             router = _RecordingRouter(config, registry=self.registry).to(layer.q.device).eval()
@@ -85,13 +87,17 @@ class MixRouter:
             causal=layer.causal,
             query_positions=rows,
         )
+        router.recorded = ()
         graph: NeighborGraph = router(layer.q[:, :, rows], layer.k, mask)
+        if graph.band is not None and not router.recorded:  # a dense layer asks no source
+            return RoutedQueries(graph, ((next(iter(graph.sources)), graph.band),))
         return RoutedQueries(graph, tuple(router.recorded))
 
 
 def routing_config(config: SSAConfig, layer: LayerTensors) -> SSAConfig:
-    """The configuration with the sizes and the causality of a layer, and without dense fallback."""
+    """The configuration of a layer with its sizes and its causality, and without dense fallback unless it is dense."""
     heads, kv_heads, dim = layer.q.shape[1], layer.k.shape[1], layer.q.shape[3]
+    config = config.for_layer(layer.layer)
     return config.replace(
         d_model=heads * dim,
         num_heads=heads,
@@ -99,7 +105,7 @@ def routing_config(config: SSAConfig, layer: LayerTensors) -> SSAConfig:
         causal=layer.causal,
         dropout=0.0,
         rope_base=None,
-        dense_below=0,
+        dense_below=config.dense_below if config.is_dense else 0,
     )
 
 

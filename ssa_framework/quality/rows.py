@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssa_framework.graph import NeighborGraph
 from ssa_framework.masks import EdgeMask
-from ssa_framework.ops.key_lists import in_band
+from ssa_framework.ops.key_lists import in_band, mark
 from ssa_framework.ops.summarize_keys import summarize_keys
 
 _CHUNK_ELEMENTS = 2**22
@@ -78,6 +78,26 @@ class DenseRows:
         """The same without the keys that are ``covered``, bool, broadcastable with `scores`."""
         outside = (self.scores > float("-inf")) & ~covered
         return _best(self.scores.masked_fill(~outside, float("-inf")), outside.sum(-1), count)
+
+    def output_over(self, graph: NeighborGraph, summaries: SummaryTensors | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Attention over the edges of a graph of these T queries, and over the summaries that they attend, as products
+        with all keys: where there are many neighbors and only the output matters, faster than `keep_graph`.
+
+        Returns: the output ``[B, H, T, Dv]``, zeros for a query that attends nothing; neighbors, and summaries, per
+        query, int64 ``[B, H, T]``.
+        """
+        members = mark(graph.edge_keys(), self.scores.shape[-1]).expand(graph.batch, graph.graph_heads, -1, -1)
+        members = members.repeat_interleave(graph.num_heads // graph.graph_heads, dim=1)
+        degree = members.sum(-1)
+        scores = self.scores.masked_fill(~members, float("-inf"))
+        if summaries is None:
+            weights = (scores - _finite(scores.logsumexp(-1))[..., None]).exp()
+            return _weighted_values(weights, self.values), degree, torch.zeros_like(degree)
+        seen = graph.summary_mask()
+        of_summaries = summaries.scores.masked_fill(~seen, float("-inf"))
+        total = _finite(torch.logaddexp(scores.logsumexp(-1), of_summaries.logsumexp(-1)))[..., None]
+        out = _weighted_values((scores - total).exp(), self.values)
+        return out + _weighted_values((of_summaries - total).exp(), summaries.values), degree, seen.sum(-1)
 
     def keep(self, keys: Tensor) -> KeptRows:
         """Attention over ``keys``, integer ``[B, H, T, E]``, each once, -1 = none."""

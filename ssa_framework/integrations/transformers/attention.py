@@ -89,8 +89,15 @@ class SparseLayer:
                         "a source of this mix has parameters of its own, which the optimizer of a transformers model "
                         "would never see; leave it out"
                     )
+                router.name = self.name
                 self._routers[key] = router
             return self._routers[key]
+
+    def reconfigure(self, config: SSAConfig) -> None:
+        """Route with another configuration from the next call on; index states in caches are made anew."""
+        with _routers_lock:
+            self.config = config
+            self._routers = {}
 
     def attends_densely(self, mask: CompactMask) -> bool:
         """Whether a call with this mask is left to dense attention: a sliding window, cross-attention, or a decode
@@ -138,11 +145,13 @@ class SparseLayer:
             if held is not None:
                 out, _ = attend_last(router, held, q_piece, k_piece, v_piece, key_keep=piece.mask.key_keep, **options)
             else:
+                graph = router(q_piece, k_piece, piece.mask)
+                router.audit(q_piece, k_piece, graph, scale=scale)
                 out, _ = neighbor_attention(
                     q_piece,
                     k_piece,
                     v_piece,
-                    router(q_piece, k_piece, piece.mask),
+                    graph,
                     backend=self.config.backend,
                     dense=self.config.dense_below != 0,
                     **options,

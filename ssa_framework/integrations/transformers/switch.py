@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
 
@@ -25,10 +26,11 @@ from ssa_framework.integrations.transformers.attention import (
 from ssa_framework.integrations.transformers.modules import AttentionModule, distinct_configs, self_attention
 from ssa_framework.ops.neighbor_attention.api import check_backend
 from ssa_framework.registry import SourceRegistry
+from ssa_framework.router import Router
 
 SourceMix = Mapping[str, Mapping[str, Any]]
-Choice = SSAConfig | SourceMix | str
-"""A configuration, a mapping from source names to their options, or the name of a preset."""
+Choice = SSAConfig | SourceMix | str | Path
+"""A configuration, a mapping from source names to their options, the name of a preset, or the path of a JSON file."""
 
 
 @dataclass
@@ -68,6 +70,29 @@ class SparseAttentionHandle:
                 detach(module)
         self._release()
 
+    def reconfigure(self, layer: str, config: Choice) -> None:
+        """Give one sparse layer another configuration from the next call on, such as a larger budget where an audit
+        says that it misses too much.
+
+        Args:
+            layer: name of the attention module, as an `AuditReport` says it. config: see `use_sparse_attention`.
+
+        Raises:
+            ConfigError: no sparse layer of that name, or a configuration that differs from layer to layer.
+        """
+        sparse = {held.name: (m, held) for m in self.model.modules() if (held := attached(m)) is not None}
+        if layer not in sparse:
+            raise ConfigError(f"{layer!r} is no sparse layer; those that are: {', '.join(sparse) or 'none'}")
+        chosen = _config(config)
+        if chosen.layers is not None:
+            raise ConfigError("one layer gets one configuration; pass config.for_layer(index)")
+        check_backend(chosen.backend)
+        module, held = sparse[layer]
+        Router(chosen, registry=held.registry)  # its errors, now
+        held.reconfigure(chosen)
+        index = next(a.index for a in self_attention(self.model) if a.module is module)
+        self.layers[index] = chosen
+
     def __enter__(self) -> SparseAttentionHandle:
         return self
 
@@ -88,7 +113,7 @@ def use_sparse_attention(
     model: nn.Module,
     config: Choice,
     *,
-    dense_layers: Iterable[int] = (0,),
+    dense_layers: Iterable[int] | None = None,
     layers: Mapping[int, Choice] | None = None,
     decode: Decode = "sparse",
     registry: SourceRegistry | None = None,
@@ -100,9 +125,11 @@ def use_sparse_attention(
 
     Args:
         model: any model of transformers 5 that goes through `transformers.AttentionInterface`.
-        config: for all sparse layers: a configuration, a mapping from source names to options, or the name of a
-            preset. Its sizes, ``causal``, ``dropout`` and ``rope_base`` are not used; the model says them.
-        dense_layers: indices of layers that stay dense; negative ones count from the end.
+        config: for all sparse layers: a configuration, a mapping from source names to options, the name of a preset,
+            or the path of a JSON configuration (``*.json``), such as ``ssa tune`` writes. Its sizes, ``causal``,
+            ``dropout`` and ``rope_base`` are not used; the model says them. Its ``layers`` are honoured.
+        dense_layers: indices of layers that stay dense; negative ones count from the end. Left out: layer 0, or none
+            where the configuration has ``layers``.
         layers: for single layers, another configuration, or ``"dense"``; wins over ``dense_layers``. In a model with
             an encoder and a decoder, index i is layer i of both.
         decode: how new tokens behind cached keys attend. ``"sparse"``: as in a prompt of the same tokens; what the
@@ -140,16 +167,21 @@ def use_sparse_attention(
 
 
 def _choose(
-    modules: list[AttentionModule], config: Choice, dense_layers: Iterable[int], layers: Mapping[int, Choice]
+    modules: list[AttentionModule], config: Choice, dense_layers: Iterable[int] | None, layers: Mapping[int, Choice]
 ) -> dict[int, SSAConfig | Literal["dense"]]:
     """For each layer index, its configuration or ``"dense"``."""
     indices = sorted({attention.index for attention in modules})
     local = {attention.index for attention in modules if attention.is_local}
     default = _config(config)
+    if dense_layers is None:
+        dense_layers = (0,) if default.layers is None else ()
     dense = {_index(i, indices, "dense_layers") for i in dense_layers}
-    chosen: dict[int, SSAConfig | Literal["dense"]] = {
-        index: "dense" if index in local | dense else default for index in indices
-    }
+    for i in default.layers or ():
+        _index(i, indices, "layers of the configuration")
+    chosen: dict[int, SSAConfig | Literal["dense"]] = {}
+    for index in indices:
+        own = default.for_layer(index)
+        chosen[index] = "dense" if index in local | dense or own.is_dense else own
     for i, choice in layers.items():
         index = _index(i, indices, "layers")
         if index not in indices:
@@ -159,7 +191,8 @@ def _choose(
         elif index in local:
             raise ConfigError(f"layers[{i}]: this layer attends a sliding window or chunks, and stays dense")
         else:
-            chosen[index] = _config(choice)
+            own = _config(choice).for_layer(index)
+            chosen[index] = "dense" if own.is_dense else own
     if all(isinstance(choice, str) for choice in chosen.values()):
         raise ConfigError(
             f"no layer would be sparse: of {len(indices)} layers, {len(local)} attend a sliding window or chunks and "
@@ -171,6 +204,8 @@ def _choose(
 def _config(choice: Choice) -> SSAConfig:
     if isinstance(choice, SSAConfig):
         return choice
+    if isinstance(choice, Path) or (isinstance(choice, str) and choice.endswith(".json")):
+        return SSAConfig.from_json(Path(choice))
     if isinstance(choice, str):
         return SSAConfig.preset(choice)
     if isinstance(choice, Mapping):

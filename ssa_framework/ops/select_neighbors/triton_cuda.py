@@ -194,7 +194,7 @@ def _from_candidates(candidates: Candidates, listed: Tensor, scored: Tensor) -> 
     if candidates.guaranteed:
         return CandidateList(keys, *keys_strides, width, None, 0, 0, 0, listed, None)
     scores, scores_strides = (None, (0, 0, 0)) if candidates.scores is None else _lines(candidates.scores)
-    return CandidateList(keys, *keys_strides, width, scores, *scores_strides, listed, scored)
+    return CandidateList._make((keys, *keys_strides, width, scores, *scores_strides, listed, scored))
 
 
 def _lines(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:

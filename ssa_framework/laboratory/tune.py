@@ -1,0 +1,771 @@
+"""The cheapest routing of every layer of a model that is good enough: a search over source mixes and budgets.
+
+Cost is the number of keys that a query looks at, scored or attended, and summaries; mean over queries and layers.
+
+1. Every candidate routes a sample of the queries of every layer, on what the layer gets while the model reads densely:
+   its cost and its output error there. No pass of the model is needed for that but one.
+2. One layer at a time is made sparse, and the divergence of the model's predictions tells how much an error of that
+   layer matters. (Not for a target in output error.)
+3. For each layer only the candidates on the lower convex hull of damage against cost can be part of a best choice.
+   From the cheapest of every layer on, the steps along these hulls are taken in the order of damage avoided per key:
+   every number of steps is a configuration of the model, the best one of its cost if damages add up.
+4. The model reads with some of these configurations, until the cheapest that meets the target is found.
+5. What was found is checked on texts that had no part in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssa_framework.config import SSAConfig
+from ssa_framework.errors import ConfigError
+from ssa_framework.graph import NeighborGraph
+from ssa_framework.laboratory.capture import LayerTensors, capture_layers, choose_layers
+from ssa_framework.laboratory.perplexity import token_losses
+from ssa_framework.laboratory.routing import MixRouter, sample_queries
+from ssa_framework.presets import LEADING_TOKENS, PRESETS
+from ssa_framework.quality.bench import environment
+from ssa_framework.quality.rows import DenseRows, SummaryMeans, row_chunks
+from ssa_framework.registry import SourceRegistry
+
+DENSE = "dense"
+"""What the candidate is called that attends everything."""
+
+BUDGETS = (16, 48, 96, 160, 256, 384)
+_LEVELS = (
+    [[256, 8], [2048, 8], [8192, 64]],
+    [[256, 8], [2048, 32], [8192, 64]],
+    [[128, 8], [1024, 32], [8192, 64]],
+    [[64, 8], [256, 16], [1024, 32], [4096, 64]],
+)
+_PRECISION = 0.01
+"""The search ends where the next cheaper configuration that was tried costs less than this share less."""
+_SCORED_FOR_SENSITIVITY, _SHORTER = 512, 4
+"""Predictions that are looked at to see how much a layer matters, and what share of a text is read for it."""
+
+_LEAST_SENSITIVITY = 0.01
+"""Relative to the layer that matters most: below that it is noise."""
+
+TargetKind = Literal["perplexity", "output_error"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is good enough.
+
+    Attributes:
+        kind: ``"perplexity"``: it rises by at most ``limit`` relative to dense attention, with a confidence of 95 %
+            that the mean over the tokens does. ``"output_error"``: mean over layers, heads and queries.
+        limit: a share; 0.01 is 1 %.
+
+    Raises:
+        ConfigError: another kind, or a limit that is not in (0, 1].
+    """
+
+    kind: TargetKind
+    limit: float
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("perplexity", "output_error"):
+            raise ConfigError(f"the target must be 'perplexity' or 'output_error', got {self.kind!r}")
+        if not 0.0 < self.limit <= 1.0:
+            raise ConfigError(f"the limit of the target is a share in (0, 1], such as 0.01 for 1 %, got {self.limit!r}")
+
+
+def default_candidates(budgets: Sequence[int] = BUDGETS) -> dict[str, SSAConfig]:
+    """Clusters with several sizes of segments, each with every budget, and windows."""
+    leading: dict[str, dict[str, Any]] = {"global": {"tokens": LEADING_TOKENS}}
+    mixes = {
+        "clusters " + ", ".join(f"{segment}/{cluster}" for segment, cluster in levels): SSAConfig(
+            sources={**leading, "clusters": {"levels": levels}}
+        )
+        for levels in _LEVELS
+    }
+    windows = {
+        f"window of {size}": SSAConfig(
+            num_neighbors=size + 1 + LEADING_TOKENS, sources={**leading, "self": {}, "window": {"size": size}}
+        )
+        for size in (64, 256)
+    }
+    return windows | with_budgets(mixes, budgets)
+
+
+def with_budgets(mixes: Mapping[str, SSAConfig], budgets: Sequence[int] = BUDGETS) -> dict[str, SSAConfig]:
+    """Each mix with each budget (``num_neighbors``), as candidates by name.
+
+    Raises:
+        ConfigError: a budget below 1.
+    """
+    return {
+        f"{name}, budget {budget}": config.replace(num_neighbors=budget)
+        for name, config in mixes.items()
+        for budget in budgets
+    }
+
+
+@dataclass(frozen=True)
+class Point:
+    """One candidate in one layer; means over the sampled queries of all texts.
+
+    Attributes:
+        cost: keys that a query looks at: scored, or attended without being scored, and summaries.
+        output_error: ``‖o_sparse − o_dense‖ / ‖o_dense‖`` of a query.
+        damage: what the search adds up over layers: for a target in perplexity the square of the relative error of
+            all outputs at once, times the sensitivity of the layer, in nats per token; else ``output_error``.
+    """
+
+    cost: float
+    output_error: float
+    damage: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """Perplexity on one text, or several, against dense attention.
+
+    Attributes:
+        tokens: predictions that it is the mean of. dense, sparse: perplexities.
+        change: ``sparse / dense - 1``. standard_error: of it, from the differences token by token.
+    """
+
+    tokens: int
+    dense: float
+    sparse: float
+    change: float
+    standard_error: float
+
+    @property
+    def upper(self) -> float:
+        """With a confidence of 95 % the change over more tokens of the kind is at most this."""
+        return self.change + 1.645 * self.standard_error
+
+    @classmethod
+    def of(cls, dense: Tensor, sparse: Tensor) -> Change:
+        """From the losses of the same tokens."""
+        difference = sparse - dense
+        ratio = math.exp(float(difference.mean()))
+        error = float(difference.std()) / math.sqrt(len(dense)) if len(dense) > 1 else float("inf")
+        return cls(
+            len(dense), math.exp(float(dense.mean())), math.exp(float(sparse.mean())), ratio - 1.0, ratio * error
+        )
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A configuration that was tried, or one that it is compared with.
+
+    Attributes:
+        name: of it. cost: see `Point`; mean over layers.
+        output_error: mean over layers, on the texts of the search.
+        texts: perplexity by text, for a target in perplexity. together: over the tokens of all of them.
+        held_out: the same by text that had no part in the search. held_out_error: mean output error there.
+        meets: whether it meets the target on the texts of the search.
+    """
+
+    name: str
+    cost: float
+    output_error: float
+    meets: bool
+    texts: Mapping[str, Change] = field(default_factory=dict)
+    together: Change | None = None
+    held_out: Mapping[str, Change] = field(default_factory=dict)
+    held_out_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was found.
+
+    Attributes:
+        model: what it is called. length: tokens of each text. target: what was asked for.
+        config: the cheapest configuration that meets it; `SSAConfig.to_json` writes it.
+        layers: for each layer that was tuned, the candidate that it got, or ``"dense"``.
+        points: for each layer, what each candidate costs and does there.
+        sensitivity: for each layer, nats of divergence per squared relative error; empty for a target in output error.
+        allowed: keys per query that it may attend: what dense attention looks at.
+        result: how good ``config`` is. references: other configurations, for comparison. trials: what was tried.
+        seconds: that it took, over all runs that were resumed. environment: device, versions, commit and date.
+    """
+
+    model: str
+    length: int
+    target: Target
+    config: SSAConfig
+    layers: Mapping[int, str]
+    points: Mapping[int, Mapping[str, Point]]
+    sensitivity: Mapping[int, float]
+    allowed: float
+    result: Trial
+    references: tuple[Trial, ...]
+    trials: tuple[Trial, ...]
+    seed: int
+    seconds: float
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+
+def tune(
+    model: Any,
+    texts: Mapping[str, Tensor],
+    target: Target,
+    *,
+    candidates: Mapping[str, SSAConfig] | None = None,
+    references: Mapping[str, SSAConfig] | None = None,
+    held_out: Mapping[str, Tensor] | None = None,
+    queries: int = 32,
+    trials: int = 8,
+    seed: int = 0,
+    registry: SourceRegistry | None = None,
+    model_name: str = "",
+    state: str | Path | None = None,
+    on_stage: Callable[[str, int, int], object] | None = None,
+) -> Tuning:
+    """Search the cheapest configuration of each layer that meets a target.
+
+    Deterministic for a seed. Interrupted with Ctrl-C or otherwise, it goes on where it was if it is called again with
+    the same arguments and the same ``state``; another target makes use of what the file holds, too.
+
+    Args:
+        model: a causal language model of transformers, see `capture_layers`.
+        texts: int64 ``[1, N]`` by name, of one length, which the search looks at.
+        target: what is good enough.
+        candidates: configurations by name; `default_candidates` if left out. Dense attention always is one.
+        references: configurations by name that the result is compared with; the presets if left out.
+        held_out: texts by name that only the result and the references are checked on.
+        queries: sampled per head, layer and text.
+        trials: at most so many configurations are tried in the model, for a target in perplexity.
+        seed: of the sample and of the sources.
+        registry: where source names are looked up.
+        model_name: what the result calls the model.
+        state: file to keep what was measured in, JSON; written after every step.
+        on_stage: told what comes next, how many steps are done and how many there are, about.
+
+    Raises:
+        ConfigError: no text, texts of several lengths, no candidate, a number out of range, or a state file of other
+            texts, candidates, or sampling. SSAError: whatever sources and router raise.
+    """
+    search = _Search(
+        model,
+        dict(texts),
+        dict(held_out or {}),
+        target,
+        default_candidates() if candidates is None else dict(candidates),
+        preset_references() if references is None else dict(references),
+        queries=queries,
+        trials=trials,
+        seed=seed,
+        registry=registry,
+        store=_Store(state),
+        on_stage=on_stage or (lambda stage, done, total: None),
+    )
+    return search.run(model_name or type(model).__name__)
+
+
+def preset_references() -> dict[str, SSAConfig]:
+    """The presets, in every layer, also where dense attention would be faster."""
+    return {name: SSAConfig.preset(name, dense_below=0) for name in PRESETS}
+
+
+# -- steps along hulls -----------------------------------------------------------------------------------------------
+
+
+def lower_hull(points: Mapping[str, Point]) -> list[str]:
+    """The candidates that no mixture of others beats in both cost and damage, by rising cost."""
+    hull: list[str] = []
+    for name in sorted(points, key=lambda n: (points[n].cost, points[n].damage, n)):
+        here = points[name]
+        if hull and here.damage >= points[hull[-1]].damage:
+            continue
+        while len(hull) > 1 and _rate(points, hull[-2], hull[-1]) <= _rate(points, hull[-1], name):
+            hull.pop()
+        while hull and points[hull[-1]].cost >= here.cost:
+            hull.pop()
+        hull.append(name)
+    return hull
+
+
+def _rate(points: Mapping[str, Point], before: str, after: str) -> float:
+    """Damage avoided per key."""
+    cost = points[after].cost - points[before].cost
+    return (points[before].damage - points[after].damage) / cost if cost > 0 else float("inf")
+
+
+@dataclass(frozen=True)
+class HullPath:
+    """Configurations of a model by rising cost: the first steps of ``steps``, from ``start`` on."""
+
+    start: Mapping[int, str]
+    steps: Sequence[tuple[int, str]]
+    points: Mapping[int, Mapping[str, Point]]
+
+    @classmethod
+    def of(cls, points: Mapping[int, Mapping[str, Point]]) -> HullPath:
+        hulls = {layer: lower_hull(of_layer) for layer, of_layer in points.items()}
+        moves = [
+            (-_rate(points[layer], before, after), layer, place, after)
+            for layer, hull in hulls.items()
+            for place, (before, after) in enumerate(itertools.pairwise(hull))
+        ]
+        return cls({layer: hull[0] for layer, hull in hulls.items()}, [(m[1], m[3]) for m in sorted(moves)], points)
+
+    def __len__(self) -> int:
+        return len(self.steps) + 1
+
+    def choice(self, steps: int) -> dict[int, str]:
+        return {**self.start, **dict(self.steps[:steps])}
+
+    def mean(self, steps: int, figure: str) -> float:
+        chosen = self.choice(steps)
+        return sum(getattr(self.points[layer][name], figure) for layer, name in chosen.items()) / len(chosen)
+
+    def damage(self, steps: int) -> float:
+        """Summed over layers."""
+        return self.mean(steps, "damage") * len(self.start)
+
+
+# -- what is kept on disk --------------------------------------------------------------------------------------------
+
+
+class _Store:
+    """What was measured, by name, in a JSON file that is replaced at once after every entry."""
+
+    def __init__(self, path: str | Path | None) -> None:
+        self.path = None if path is None else Path(path)
+        self.values: dict[str, Any] = {}
+        if self.path is not None and self.path.is_file():
+            try:
+                self.values = dict(json.loads(self.path.read_text(encoding="utf-8")))
+            except ValueError as error:
+                raise ConfigError(f"{self.path} is no state of a search: {error}; remove it to begin anew") from error
+
+    def belongs_to(self, run: Mapping[str, Any]) -> None:
+        wanted = json.loads(json.dumps(run))
+        held = self.values.setdefault("run", wanted)
+        if held != wanted:
+            different = [name for name in wanted if held.get(name) != wanted[name]]
+            raise ConfigError(
+                f"{self.path} holds what a search with another {', '.join(different)} measured; remove it, or keep the "
+                f"state in another file"
+            )
+
+    def get(self, name: str, measure: Callable[[], Any]) -> Any:
+        if name not in self.values:
+            started = time.perf_counter()
+            value = measure()
+            self.put(name, value, time.perf_counter() - started)
+        return self.values[name]
+
+    def put(self, name: str, value: Any, seconds: float) -> None:
+        self.values[name] = value
+        self.values["seconds"] = round(self.values.get("seconds", 0.0) + seconds, 3)
+        if self.path is not None:
+            beside = self.path.with_name(self.path.name + ".part")
+            beside.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_text(json.dumps(self.values) + "\n", encoding="utf-8")
+            os.replace(beside, self.path)
+
+
+# -- the search ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Search:
+    model: Any
+    texts: dict[str, Tensor]
+    held_out: dict[str, Tensor]
+    target: Target
+    candidates: dict[str, SSAConfig]
+    references: dict[str, SSAConfig]
+    queries: int
+    trials: int
+    seed: int
+    registry: SourceRegistry | None
+    store: _Store
+    on_stage: Callable[[str, int, int], object]
+    done: int = 0
+
+    def __post_init__(self) -> None:
+        lengths = {ids.shape for ids in (*self.texts.values(), *self.held_out.values())}
+        if not self.texts or len(lengths) > 1:
+            raise ConfigError(f"tune needs texts of one length, got {sorted(map(list, lengths))}")
+        if not self.candidates or DENSE in self.candidates:
+            raise ConfigError(f"tune needs candidates, none of which is called {DENSE!r}")
+        if isinstance(self.trials, bool) or not isinstance(self.trials, int) or self.trials < 1:
+            raise ConfigError(f"trials must be an integer >= 1, got {self.trials!r}")
+        self.candidates = {n: c.replace(dense_below=0, seed=self.seed) for n, c in self.candidates.items()}
+        self.length = next(iter(self.texts.values())).shape[1]
+        self.wanted = choose_layers(self.model)
+        both = self.candidates | {_reference(n): c for n, c in self.references.items()}
+        self.routers = {name: MixRouter(config, self.registry) for name, config in both.items()}
+        self.digests = {name: _digest(config.to_dict()) for name, config in both.items()}
+        self.store.belongs_to(
+            {
+                "texts": {name: _digest(ids.tolist()) for name, ids in self.texts.items()},
+                "queries": self.queries,
+                "seed": self.seed,
+                "model": _digest([f"{float(p.detach().double().sum()):.6g}" for p in self.model.parameters()]),
+            }
+        )
+        passes = (len(self.references) + 1) * (len(self.texts) + len(self.held_out)) + self.trials * len(self.texts)
+        self.total = len(self.texts) * len(self.wanted)
+        if self.by_perplexity:
+            self.total += len(self.wanted) + passes + len(self.texts) + len(self.held_out)
+        else:
+            self.total += len(self.held_out) * len(self.wanted)
+
+    @property
+    def by_perplexity(self) -> bool:
+        return self.target.kind == "perplexity"
+
+    def run(self, name: str) -> Tuning:
+        curves = {text: self.curves(text, ids) for text, ids in self.texts.items()}
+        allowed = sum(curves[text][layer]["allowed"] for text in curves for layer in self.wanted)
+        allowed /= len(curves) * len(self.wanted)
+        sensitivity = self.sensitivities(curves) if self.by_perplexity else {}
+        points = {layer: self.points(layer, curves, sensitivity) for layer in self.wanted}
+        path = HullPath.of(
+            {layer: {n: p for n, p in of.items() if n not in self.reference_names} for layer, of in points.items()}
+        )
+        tried = self.search(path) if self.by_perplexity else self.search_error(path)
+        steps, result = min(((s, t) for s, t in tried.items() if t.meets), key=lambda found: found[0])
+        choice = path.choice(steps)
+        if all(name == DENSE for name in choice.values()):
+            raise ConfigError(
+                f"only dense attention in every layer meets the target, {self.target.limit:.3g} in {self.target.kind}, "
+                f"of the configurations that were tried; allow more, or other candidates"
+            )
+        config = self.config_of(choice)
+        result = self.checked(result, config, choice)
+        references = tuple(self.reference(name, config, points) for name, config in self.references.items())
+        return Tuning(
+            model=name,
+            length=self.length,
+            target=self.target,
+            config=config,
+            layers=choice,
+            points=points,
+            sensitivity=sensitivity,
+            allowed=_number(allowed),
+            result=result,
+            references=references,
+            trials=tuple(tried[steps] for steps in sorted(tried)),
+            seed=self.seed,
+            seconds=self.store.values.get("seconds", 0.0),
+            environment=environment(str(next(self.model.parameters()).device)),
+        )
+
+    @property
+    def reference_names(self) -> set[str]:
+        return {_reference(name) for name in self.references}
+
+    def stage(self, what: str) -> None:
+        self.on_stage(what, self.done, max(self.total, self.done + 1))
+        self.done += 1
+
+    # -- candidates in layers ----------------------------------------------------------------------------------------
+
+    def curves(self, text: str, ids: Tensor) -> dict[int, dict[str, Any]]:
+        """For each layer what each candidate, and each reference, costs and does on one text: figures by the digest of
+        its configuration."""
+        held = {layer: self.store.values.get(_key("curve", text, layer)) for layer in self.wanted}
+        missing = {
+            layer: [n for n, digest in self.digests.items() if found is None or digest not in found["figures"]]
+            for layer, found in held.items()
+        }
+        waiting = [layer for layer in self.wanted if missing[layer]]
+        self.done += len(self.wanted) - len(waiting)
+        if waiting:
+            started = time.perf_counter()
+            self.stage(f"candidates on {text!r}, layer {waiting[0]}")
+
+            def consume(layer: LayerTensors) -> None:
+                nonlocal started
+                measured = self.measure_candidates(layer, missing[layer.layer])
+                known = held[layer.layer]
+                if known is not None:
+                    measured["figures"] = {**known["figures"], **measured["figures"]}
+                now = time.perf_counter()
+                self.store.put(_key("curve", text, layer.layer), measured, now - started)
+                started = now
+                if layer.layer != waiting[-1]:
+                    self.stage(f"candidates on {text!r}, layer {waiting[waiting.index(layer.layer) + 1]}")
+
+            capture_layers(self.model, ids, consume, layers=waiting)
+        return {layer: self.store.values[_key("curve", text, layer)] for layer in self.wanted}
+
+    def measure_candidates(self, layer: LayerTensors, names: Iterable[str]) -> dict[str, Any]:
+        layer.require_finite()
+        rows = sample_queries(layer, self.queries, seed=self.seed)
+        found = figures_of(layer, rows, {name: self.routers[name].route(layer, rows).graph for name in names})
+        figures = {
+            self.digests[name]: [_number(f.cost), _number(f.error), _number(f.squared)] for name, f in found.items()
+        }
+        return {"allowed": _number(next(iter(found.values())).allowed), "figures": figures}
+
+    def points(
+        self, layer: int, curves: Mapping[str, Mapping[int, Any]], sensitivity: Mapping[int, float]
+    ) -> dict[str, Point]:
+        """Means over the texts."""
+        found = {}
+        for name in self.routers:
+            figures = [curves[text][layer]["figures"][self.digests[name]] for text in curves]
+            cost, error, squared = (sum(values) / len(figures) for values in zip(*figures, strict=True))
+            damage = sensitivity[layer] * squared if sensitivity else error
+            found[name] = Point(_number(cost), _number(error), _number(damage))
+        allowed = sum(curves[text][layer]["allowed"] for text in curves) / len(curves)
+        return {**found, DENSE: Point(_number(allowed), 0.0, 0.0)}
+
+    # -- how much a layer matters ------------------------------------------------------------------------------------
+
+    def sensitivities(self, curves: Mapping[str, Mapping[int, Any]]) -> dict[int, float]:
+        """Nats of divergence per squared relative error of a layer, on a quarter of the first text."""
+        text, ids = next(iter(self.texts.items()))
+        ids = ids[:, : max(2, self.length // _SHORTER)]
+        scored = min(_SCORED_FOR_SENSITIVITY, ids.shape[1] - 1)
+        probes = {layer: self.probe(curves[text][layer]["figures"]) for layer in self.wanted}
+        keys = {layer: _key("sensitivity", layer, self.digests[probe]) for layer, probe in probes.items()}
+        missing = [layer for layer in self.wanted if keys[layer] not in self.store.values]
+        self.done += len(self.wanted) - len(missing)
+        if missing:
+            errors: dict[int, float] = {}
+
+            def consume(layer: LayerTensors) -> None:
+                probe = probes[layer.layer]
+                errors[layer.layer] = self.measure_candidates(layer, [probe])["figures"][self.digests[probe]][2]
+
+            capture_layers(self.model, ids, consume, layers=missing)
+            dense = _log_probabilities(self.model, ids, scored)
+            for layer in missing:
+                self.stage(f"how much layer {layer} matters")
+                others: dict[int, str] = {i: DENSE for i in self.wanted if i != layer}
+                config = self.config_of({**others, layer: probes[layer]})
+                started = time.perf_counter()
+                divergence = self.divergence(config, ids, scored, dense)
+                value = divergence / max(errors[layer], 1e-12)
+                self.store.put(keys[layer], value, time.perf_counter() - started)
+        found = {layer: self.store.values[key] for layer, key in keys.items()}
+        least = max(1e-9, _LEAST_SENSITIVITY * max(found.values()))
+        return {layer: _number(max(least, value)) for layer, value in found.items()}
+
+    def probe(self, figures: Mapping[str, Sequence[float]]) -> str:
+        """A candidate in the middle of the hull: neither without effect nor out of the question."""
+        points = {name: Point(*figures[self.digests[name]]) for name in self.candidates}
+        hull = lower_hull(points)
+        return hull[len(hull) // 2]
+
+    def divergence(self, config: SSAConfig, ids: Tensor, scored: int, dense: Tensor) -> float:
+        with self.sparse(config):
+            sparse = _log_probabilities(self.model, ids, scored)
+        divergence = F.kl_div(sparse, dense, log_target=True, reduction="sum") / scored
+        return max(0.0, float(divergence))
+
+    # -- configurations in the model ---------------------------------------------------------------------------------
+
+    def config_of(self, choice: Mapping[int, str]) -> SSAConfig:
+        """What most layers have, and in what the others differ."""
+        sparse = [name for name in choice.values() if name != DENSE]
+        usual = max(dict.fromkeys(sparse), key=sparse.count) if sparse else next(iter(self.candidates))
+        base = self.candidates[usual].replace(dense_below=None)
+        layers: dict[int, Any] = {}
+        for layer, name in choice.items():
+            own = self.candidates.get(name, base).replace(dense_below=None).to_dict()
+            different = {field: value for field, value in own.items() if value != getattr(base, field)}
+            layers[layer] = "dense" if name == DENSE else different  # each is named, so that nobody makes others dense
+        return base.replace(layers=layers)
+
+    def sparse(self, config: SSAConfig) -> Any:
+        from ssa_framework.integrations.transformers import use_sparse_attention
+
+        return use_sparse_attention(self.model, config, dense_layers=(), registry=self.registry)
+
+    def losses(self, text: str, ids: Tensor, config: SSAConfig | None) -> Tensor:
+        """Of the second half of a text; dense without a configuration."""
+
+        def measure() -> list[float]:
+            if config is None or all(own.is_dense for own in map(config.for_layer, self.wanted)):
+                found = token_losses(self.model, ids, scored=self.length // 2)
+            else:
+                with self.sparse(config):
+                    found = token_losses(self.model, ids, scored=self.length // 2)
+            return [round(loss, 6) for loss in found.tolist()]
+
+        what = DENSE if config is None else _digest(config.to_dict())
+        return torch.tensor(
+            self.store.get(_key("losses", text, _digest(ids.tolist()), what), measure), dtype=torch.float64
+        )
+
+    def changes(self, texts: Mapping[str, Tensor], config: SSAConfig, what: str) -> tuple[dict[str, Change], Change]:
+        """By text, and of all together."""
+        losses = []
+        for text, ids in texts.items():
+            if _key("losses", text, _digest(ids.tolist()), DENSE) not in self.store.values:
+                self.stage(f"dense attention on {text!r}")
+            dense = self.losses(text, ids, None)
+            self.stage(f"{what} on {text!r}")
+            losses.append((dense, self.losses(text, ids, config)))
+        by_text = {text: Change.of(*both) for text, both in zip(texts, losses, strict=True)}
+        return by_text, Change.of(torch.cat([d for d, _ in losses]), torch.cat([s for _, s in losses]))
+
+    def search(self, path: HullPath) -> dict[int, Trial]:
+        """Number of steps and what came of it: the fewest that meet the target among those that were tried."""
+        last = len(path) - 1
+        limit = math.log1p(self.target.limit)
+        damages = [path.damage(steps) for steps in range(len(path))]
+        tried: dict[int, Trial] = {}
+        low, high = -1, last  # fails or was not tried; meets, since it is dense, or the best there is
+        wanted = limit / 2  # of predicted damage: half of the limit is left for errors of layers that add up
+        for attempt in range(self.trials):
+            steps = bisect_left([-d for d in damages], -wanted)
+            if attempt > 3 or not low < steps < high:
+                steps = (low + high) // 2
+            if not low < steps <= high or steps in tried:
+                break
+            tried[steps] = trial = self.trial(path, steps, attempt)
+            assert trial.together is not None
+            if trial.meets:
+                high = steps
+            else:
+                low = steps
+            if low >= 0 and path.mean(low, "cost") > (1 - _PRECISION) * path.mean(high, "cost"):
+                break
+            wanted = damages[steps] * limit / max(math.log1p(max(trial.together.upper, -0.9)), 0.05 * limit)
+        if not any(trial.meets for trial in tried.values()):
+            tried[high] = self.trial(path, high, self.trials)
+        return tried
+
+    def trial(self, path: HullPath, steps: int, attempt: int) -> Trial:
+        config = self.config_of(path.choice(steps))
+        by_text, together = self.changes(self.texts, config, f"trial {attempt + 1}")
+        return Trial(
+            name=f"{steps} of {len(path) - 1} steps",
+            cost=_number(path.mean(steps, "cost")),
+            output_error=_number(path.mean(steps, "output_error")),
+            meets=together.upper <= self.target.limit,
+            texts=by_text,
+            together=together,
+        )
+
+    def search_error(self, path: HullPath) -> dict[int, Trial]:
+        errors = [path.mean(steps, "output_error") for steps in range(len(path))]
+        steps = next(i for i, error in enumerate(errors) if error <= self.target.limit)  # the last is dense
+        name = f"{steps} of {len(path) - 1} steps"
+        return {steps: Trial(name, _number(path.mean(steps, "cost")), _number(errors[steps]), meets=True)}
+
+    # -- checks ------------------------------------------------------------------------------------------------------
+
+    def checked(self, trial: Trial, config: SSAConfig, choice: Mapping[int, str]) -> Trial:
+        """With what it does on the texts that had no part in the search."""
+        if self.by_perplexity:
+            held_out = self.changes(self.held_out, config, "the result")[0] if self.held_out else {}
+            return Trial(**{**vars(trial), "name": "tuned", "held_out": held_out})
+        found = [self.held_out_figures(text, ids, choice) for text, ids in self.held_out.items()]
+        errors = [figures[1] for by_layer in found for figures in by_layer.values()]
+        mean = _number(sum(errors) / len(errors)) if errors else None
+        return Trial(**{**vars(trial), "name": "tuned", "held_out_error": mean})
+
+    def held_out_figures(self, text: str, ids: Tensor, choice: Mapping[int, str]) -> dict[int, list[float]]:
+        """For each layer cost and error of its candidate."""
+        found = {layer: [0.0, 0.0, 0.0] for layer in self.wanted}
+
+        def consume(layer: LayerTensors) -> None:
+            self.stage(f"the result on {text!r}, layer {layer.layer}")
+            name = choice[layer.layer]
+            found[layer.layer] = self.measure_candidates(layer, [name])["figures"][self.digests[name]]
+
+        sparse = [layer for layer, name in choice.items() if name != DENSE]
+        if sparse:
+            capture_layers(self.model, ids, consume, layers=sparse)
+        return found
+
+    def reference(self, name: str, config: SSAConfig, points: Mapping[int, Mapping[str, Point]]) -> Trial:
+        own = [points[layer][_reference(name)] for layer in self.wanted]
+        cost, error = (sum(getattr(p, figure) for p in own) / len(own) for figure in ("cost", "output_error"))
+        if not self.by_perplexity:
+            return Trial(name, _number(cost), _number(error), meets=error <= self.target.limit)
+        by_text, together = self.changes(self.texts, config, name)
+        held_out = self.changes(self.held_out, config, name)[0] if self.held_out else {}
+        meets = together.upper <= self.target.limit
+        return Trial(name, _number(cost), _number(error), meets, by_text, together, held_out)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of a graph of some queries of a layer, as `measure` defines them: keys that a query looks at, and summaries;
+    ``output_error``; the square of ``output_error_total``; and allowed keys."""
+
+    cost: float
+    error: float
+    squared: float
+    allowed: float
+
+
+@torch.no_grad()
+def figures_of(layer: LayerTensors, rows: Tensor, graphs: Mapping[str, NeighborGraph]) -> dict[str, Figures]:
+    """What `measure` says of the graphs of the queries ``rows``, as far as a search needs it, which is a fraction of
+    the work."""
+    query, chunks = layer.q[:, :, rows], list(row_chunks(layer.q[:, :, rows], layer.k))
+    means = {name: SummaryMeans.of(layer.k, layer.v, graph) for name, graph in graphs.items()}
+    kept: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in graphs}
+    of_dense = []
+    for chunk in chunks:
+        some = query[:, :, chunk]
+        pieces = {name: graph.pick(chunk) for name, graph in graphs.items()}
+        dense = DenseRows.of(some, layer.k, layer.v, next(iter(pieces.values())).mask, layer.scale)
+        size = dense.out.norm(dim=-1)
+        of_dense.append((size, dense.allowed))
+        for name, piece in pieces.items():
+            mean = means[name]
+            out, degree, summaries = dense.output_over(piece, None if mean is None else mean.rows(some, layer.scale))
+            apart = (out - dense.out).norm(dim=-1)
+            kept[name].append((apart, torch.where(apart == 0, 0.0, apart / size), degree, summaries))
+    size, allowed = (torch.cat(parts, dim=-1).double() for parts in zip(*of_dense, strict=True))
+    found = {}
+    for name, parts in kept.items():
+        apart, error, degree, summaries = (torch.cat(x, dim=-1).double() for x in zip(*parts, strict=True))
+        looked_at, scored = float(degree.mean()), graphs[name].keys_scored()
+        if any(scored.values()):
+            slots = graphs[name].slots_by_source()
+            looked_at = max(looked_at, sum(max(scored[source], slots[source]) for source in scored))
+        squared = float(apart.square().sum() / size.square().sum().clamp(min=1e-30))
+        found[name] = Figures(looked_at + float(summaries.mean()), float(error.mean()), squared, float(allowed.mean()))
+    return found
+
+
+def _reference(name: str) -> str:
+    return f"for comparison: {name}"
+
+
+def _key(*parts: object) -> str:
+    return "/".join(map(str, parts))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, default=repr, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _log_probabilities(model: Any, ids: Tensor, scored: int) -> Tensor:
+    """Of the last predictions, float32 ``[scored, vocabulary]``."""
+    with torch.inference_mode():
+        logits = model(input_ids=ids, logits_to_keep=scored + 1, use_cache=False).logits[0, -scored - 1 : -1]
+        return logits.float().log_softmax(-1)
+
+
+def _number(value: float) -> float:
+    return float(f"{value:.6g}")
