@@ -18,6 +18,7 @@ from ssa_framework.cli.compare import compare
 from ssa_framework.cli.demo.run import run_demo
 from ssa_framework.cli.demo.settings import LENGTHS, Settings
 from ssa_framework.cli.errors import one_line_errors
+from ssa_framework.cli.evaluate import evaluate
 from ssa_framework.cli.inspect import inspect
 from ssa_framework.cli.tune import tune
 from ssa_framework.registry import SourceRegistry
@@ -124,4 +125,5 @@ def sources(
 app.command("bench")(bench)
 app.command("inspect")(inspect)
 app.command("compare")(compare)
+app.command("eval")(evaluate)
 app.command("tune")(tune)

@@ -215,7 +215,8 @@ def test_packed_documents_behind_no_cache() -> None:
     """Packing is for training; a call with a cache that ran before it changes nothing."""
     model, ids = causal_lm("llama"), tokens(1, 150)
     position_ids = torch.cat([torch.arange(60), torch.arange(90)])[None]
-    use_sparse_attention(model, mix("preset"), dense_layers=())
+    clusters = {"clusters": MIXES["preset"]["clusters"]}  # the columns of global are those of the whole row
+    use_sparse_attention(model, mix("preset", sources=clusters), dense_layers=())
     with torch.no_grad():
         model(ids, use_cache=True)
         packed = model(ids, position_ids=position_ids, use_cache=False).logits
@@ -347,7 +348,7 @@ def test_layer_is_a_dynamic_layer(filled: str) -> None:
             assert torch.equal(ours.values, theirs.values)
 
     def grow(length: int) -> None:
-        batch = len(theirs.keys) if theirs.get_seq_length() else 3
+        batch = len(theirs.keys) if theirs.is_initialized else 3
         tensors = [torch.randn(batch, 2, length, 8, requires_grad=filled == "autograd") for _ in range(2)]
         with torch.inference_mode(filled == "inference-mode"):
             both("update", *tensors)
