@@ -190,6 +190,7 @@ class BenchRow:
             "num_neighbors": case.num_neighbors,
             "dense_below": case.dense_below,
             "seed": case.seed,
+            "captured": case.captured,
             "status": self.status,
             "message": self.message,
             "output_difference": _number(self.output_difference),
