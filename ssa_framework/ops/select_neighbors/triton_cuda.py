@@ -185,7 +185,8 @@ def _choose_from(
 
 
 def _from_ranges(chosen: Tensor, listed: Tensor) -> CandidateList:
-    return CandidateList(chosen, *chosen.stride()[:3], chosen.shape[-1], None, 0, 0, 0, listed, None)
+    keys, strides = _lines(chosen)
+    return CandidateList(keys, *strides, keys.shape[-1], None, 0, 0, 0, listed, None)
 
 
 def _from_candidates(candidates: Candidates, listed: Tensor, scored: Tensor) -> CandidateList:
