@@ -339,7 +339,7 @@ def test_mixes_equal_the_reference(case: Case, kinds: str) -> None:
     assert_mix_equals_reference(case, q, k, [make[kind]() for kind in kinds])
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(data=st.data())
 def test_random_mixes_equal_the_reference(data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 10**6), label="seed"))

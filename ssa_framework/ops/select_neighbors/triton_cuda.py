@@ -185,16 +185,17 @@ def _choose_from(
 
 
 def _from_ranges(chosen: Tensor, listed: Tensor) -> CandidateList:
-    return CandidateList._make((chosen, *chosen.stride()[:3], chosen.shape[-1], None, 0, 0, 0, listed, None))
+    keys, strides = _lines(chosen)
+    return CandidateList(keys, *strides, keys.shape[-1], None, 0, 0, 0, listed, None)
 
 
 def _from_candidates(candidates: Candidates, listed: Tensor, scored: Tensor) -> CandidateList:
     keys, keys_strides = _lines(candidates.indices)
     width = keys.shape[-1]
     if candidates.guaranteed:
-        return CandidateList._make((keys, *keys_strides, width, None, 0, 0, 0, listed, None))
+        return CandidateList(keys, *keys_strides, width, None, 0, 0, 0, listed, None)
     scores, scores_strides = (None, (0, 0, 0)) if candidates.scores is None else _lines(candidates.scores)
-    return CandidateList._make((keys, *keys_strides, width, scores, *scores_strides, listed, scored))
+    return CandidateList(keys, *keys_strides, width, scores, *scores_strides, listed, scored)
 
 
 def _lines(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
