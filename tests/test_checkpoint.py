@@ -53,6 +53,7 @@ def test_sources_and_budget_may_change() -> None:
     state = saved(SparseAttention(CONFIG.replace(sources={"clusters": {}})))
     layer = SparseAttention(CONFIG.replace(sources={"blocks": {}}, num_neighbors=64, seed=3, dropout=0.1))
     layer.load_state_dict(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in layer.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["Wq.weight", "router.sources.lsh.planes"])
