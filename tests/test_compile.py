@@ -286,6 +286,7 @@ def test_layers_compiled_one_by_one_share_a_program() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # inductor's imports
 def test_inductor_compiles_once_for_twenty_lengths() -> None:
     model = SparseTransformer(config("clusters"), num_layers=2)
     program = torch.compile(model, fullgraph=True, dynamic=True)

@@ -107,7 +107,8 @@ class SegmentsOfRanks:
         most = max(1, *(int((owner == rank).sum(1).max()) for rank in range(self.ranks.size)))
         tasks = torch.stack([_first_true(owner == rank, most) for rank in range(self.ranks.size)])  # [W, rows, Fmax]
         mine = tasks[self.ranks.rank]
-        places = starts.long().gather(1, mine.clamp(min=0))[..., None] + inside  # [rows, Fmax, L]
+        # what is not used is any segment, which is masked below
+        places = starts.clamp(min=0).long().gather(1, mine.clamp(min=0))[..., None] + inside  # [rows, Fmax, L]
         keys = places if order is None else order.long().expand(rows, -1).gather(1, places.flatten(1)).view_as(places)
         table = self._fetch_keys(torch.where(mine[..., None] >= 0, keys, -1).flatten(1))
         begin = torch.arange(most, dtype=torch.int32, device=device) * length
