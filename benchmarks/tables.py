@@ -131,11 +131,12 @@ def gpu() -> str:
             number(r["graph_ms"]),
             number(r["ratio"]),
             f"{float(r['keys_scored']):.0f}",
+            f"{float(r['recall']):.2f}",
             f"{float(r['dense_peak_mib']):,.0f} / {float(r['sparse_peak_mib']):,.0f}",
         ]
 
     head = ["mix", "heads", "pass", "timed", "N", "dense, ms", "sparse, ms", "of it routing, ms", "dense / sparse"]
-    return table([*head, "keys scored", "peak MiB, dense / sparse"], map(line, rows("gpu.csv")))
+    return table([*head, "keys scored", "recall@32", "peak MiB, dense / sparse"], map(line, rows("gpu.csv")))
 
 
 def gpu_summary() -> str:
