@@ -143,9 +143,14 @@ def apply_graph(q: Tensor, k: Tensor, v: Tensor, graph: RoutedGraph, call: Atten
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
-    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+    if not torch.is_grad_enabled() or _is_exporting():
         return False
     return any(x is not None and x.requires_grad for x in tensors)
+
+
+def _is_exporting() -> bool:
+    """`torch.compiler.is_exporting`; that function itself is true in every program that torch 2.11 traces."""
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
 
 
 def _seed(call: AttentionCall) -> Tensor | None:
@@ -188,7 +193,7 @@ def _text(
                 f"source {router.learning[0]!r} learns, and no gradient can reach it in a compiled program; leave the "
                 f"layer out of compilation (torch.compiler.disable), or use another source"
             )
-        if torch.compiler.is_exporting():
+        if _is_exporting():
             if router.registry is not default_registry():
                 raise ConfigError(
                     "a layer with a registry of its own cannot be exported: the process that loads the program looks "

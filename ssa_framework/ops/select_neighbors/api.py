@@ -80,9 +80,7 @@ def _choose_backend(
             return numba_cpu.select
         if backend == "numba":
             raise BackendUnavailableError(f"backend 'numba' cannot select here: {reason}; use backend='auto'")
-    # merging was compared with torch in the interpreter only, so it has to be asked for by name
-    merges = len(proposed) > 1 or isinstance(proposed[0].proposal, Candidates)
-    if backend == "triton" or (backend == "auto" and q.device.type == "cuda" and not merges):
+    if backend == "triton" or (backend == "auto" and q.device.type == "cuda"):
         reason = _why_not_triton(q, k, proposed, eligible, budget)
         if reason is None:
             from ssa_framework.ops.select_neighbors import triton_cuda
