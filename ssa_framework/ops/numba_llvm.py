@@ -1,19 +1,32 @@
 """LLVM code for vectors of 64 bytes: what the intrinsics of `numba_vectors` and the products are made of.
 
 A vector holds 16 float32 or 8 float64. LLVM turns each operation into whatever the machine has (one AVX-512 register,
-two of AVX2, four of NEON), so nothing here names an instruction set.
+two of AVX2, four of NEON). What differs is how many vectors its registers hold at once: see `SUMS`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir  # type: ignore[import-untyped]
+import numba
+from llvmlite import binding, ir  # type: ignore[import-untyped]
 from numba import extending
 from numba.core import cgutils, types
 from numba.extending import models, register_model
 
 intrinsic: Any = extending.intrinsic  # typed as if the caller passed the typing context
+
+
+def _sums_in_registers() -> int:
+    features = numba.config.CPU_FEATURES  # the environment variable NUMBA_CPU_FEATURES
+    if features is None:
+        features = binding.get_host_cpu_features().flatten()
+    return 16 if "+avx512f" in features.split(",") else 4
+
+
+SUMS = _sums_in_registers()
+"""Vectors that a product may add up at once, with room for their factors: of the 32 registers of AVX-512 a vector takes
+one, of the 16 of AVX2 it takes two. With more, every step would store and load its sums."""
 
 
 class VectorType(types.Type):

@@ -7,12 +7,15 @@ Arrays are flat, positions are int64 offsets; nothing is checked. Rows and colum
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import cgutils, types
 
 from ssa_framework.ops.numba_llvm import (
+    SUMS,
     VectorType,
     constant,
     emit_fma,
@@ -30,7 +33,7 @@ from ssa_framework.ops.numba_runtime import device_function
 from ssa_framework.ops.numba_vectors import lanes
 
 _USUAL_WIDTH = 64
-_ROWS_AT_ONCE = 8  # accumulators and row pointers that fit the registers
+_ROWS_AT_ONCE = SUMS // 2 if SUMS > 8 else SUMS  # sums and row pointers that fit the registers
 
 
 @intrinsic
@@ -60,14 +63,15 @@ def dot_rows(typingctx: Any, table: Any, first: Any, width: Any, rows: Any, at: 
             with then:  # no loop: x stays in registers, and each row is read in one go
                 offsets = [ir.Constant(i64, c) for c in range(0, _USUAL_WIDTH, vector.lanes)]
                 parts = [emit_load(builder, vector, query, offset) for offset in offsets]
-                sums = []
-                for lane in range(vector.lanes):
+
+                def product(lane: int) -> ir.Value:
                     pointer, total = row_pointer(lane), None
                     for part, offset in zip(parts, offsets, strict=True):
                         number = emit_load(builder, vector, pointer, offset)
                         total = builder.fmul(part, number) if total is None else emit_fma(builder, part, number, total)
-                    sums.append(total)
-                builder.store(_sum_each(builder, sums), result)
+                    return total
+
+                builder.store(_sum_each(builder, [partial(product, lane) for lane in range(vector.lanes)]), result)
             with otherwise:
                 sums = []
                 for group in range(0, vector.lanes, _ROWS_AT_ONCE):
@@ -79,17 +83,20 @@ def dot_rows(typingctx: Any, table: Any, first: Any, width: Any, rows: Any, at: 
                         for pointer, total in zip(pointers, totals, strict=True):
                             number = emit_load(builder, vector, pointer, at)
                             builder.store(emit_fma(builder, part, number, builder.load(total)), total)
-                    sums += [builder.load(total) for total in totals]
+                    sums += [partial(builder.load, total) for total in totals]
                 builder.store(_sum_each(builder, sums), result)
         return builder.load(result)
 
     return vector(table, int64, int64, rows, int64, x, int64), codegen
 
 
-def _sum_each(builder: ir.IRBuilder, rows: list[ir.Value]) -> ir.Value:
-    """Vectors → one vector that holds the sum of each, in order: a transposition whose halves are added on the way."""
+def _sum_each(builder: ir.IRBuilder, rows: list[Callable[[], ir.Value]]) -> ir.Value:
+    """Vectors → one vector that holds the sum of each, in order: a transposition whose halves are added on the way.
+
+    Each is made when it is needed: at most one for each halving waits.
+    """
     if len(rows) == 1:
-        return rows[0]
+        return rows[0]()
     width = len(rows) // 2
     return _add_halves(builder, _sum_each(builder, rows[:width]), _sum_each(builder, rows[width:]), width)
 
@@ -150,6 +157,8 @@ def _row_by_columns(vectors: int) -> Any:
 
 
 _one_vector, _two_vectors, _three_vectors, _four_vectors = [_row_by_columns(count) for count in (1, 2, 3, 4)]
+_ROW = min(4, SUMS // 2)  # vectors of columns at once, each with two sums
+_most_vectors = _four_vectors if _ROW == 4 else _two_vectors
 
 
 @device_function
@@ -163,9 +172,9 @@ def row_by_matrix(
     """
     width = lanes(x)
     done = 0
-    while columns - done >= 4 * width:
-        _four_vectors(x, start, dim, strip, first + done, stride, out, to + done)
-        done += 4 * width
+    while columns - done >= _ROW * width:
+        _most_vectors(x, start, dim, strip, first + done, stride, out, to + done)
+        done += _ROW * width
     rest = (columns - done) // width
     if rest == 3:
         _three_vectors(x, start, dim, strip, first + done, stride, out, to + done)
@@ -252,6 +261,9 @@ def _store_all(builder: ir.IRBuilder, vector: VectorType, sums: Any, line: ir.Va
 
 _four_by_one, _four_by_two, _four_by_three, _four_by_four = [_four_rows_by_columns(count) for count in (1, 2, 3, 4)]
 _sums_of_one, _sums_of_two, _sums_of_three, _sums_of_four = [_four_sums_of_columns(count) for count in (1, 2, 3, 4)]
+_ROWS = SUMS // 4  # vectors of columns at once, each with a sum for each of four rows
+_four_by_most = _four_by_four if _ROWS == 4 else _four_by_one
+_sums_of_most = _sums_of_four if _ROWS == 4 else _sums_of_one
 
 
 @device_function
@@ -266,9 +278,9 @@ def rows_by_matrix(
     """
     width = lanes(x)
     done = 0
-    while columns - done >= 4 * width:
-        _four_by_four(x, a, b, c, d, dim, strip, first + done, stride, out, to + done, apart)
-        done += 4 * width
+    while columns - done >= _ROWS * width:
+        _four_by_most(x, a, b, c, d, dim, strip, first + done, stride, out, to + done, apart)
+        done += _ROWS * width
     rest = (columns - done) // width
     if rest == 3:
         _four_by_three(x, a, b, c, d, dim, strip, first + done, stride, out, to + done, apart)
@@ -291,9 +303,9 @@ def add_four_sums(
     """
     size = lanes(table)
     done = 0
-    while width - done >= 4 * size:
-        _sums_of_four(weights, a, b, c, d, step, rows, begin, end, table, first, width, out, to, factors, done)
-        done += 4 * size
+    while width - done >= _ROWS * size:
+        _sums_of_most(weights, a, b, c, d, step, rows, begin, end, table, first, width, out, to, factors, done)
+        done += _ROWS * size
     rest = (width - done) // size
     if rest == 3:
         _sums_of_three(weights, a, b, c, d, step, rows, begin, end, table, first, width, out, to, factors, done)

@@ -13,6 +13,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import cgutils, types
 
 from ssa_framework.ops.numba_llvm import (
+    SUMS,
     VectorType,
     constant,
     emit_larger,
@@ -27,8 +28,10 @@ from ssa_framework.ops.numba_llvm import (
 )
 
 TILE = 32
-"""Columns of a tile, float32: two vectors. With `TILE_ROWS` rows, sums fit the registers and none waits for another."""
+"""Columns of a tile, float32: two vectors."""
 TILE_ROWS = 8
+_ROWS, _VECTORS = (8, 2) if SUMS == 16 else (4, 1)
+"""Of a product at once: as many sums as the registers hold, so that none waits for another."""
 
 
 def _products_with_tile(
@@ -37,13 +40,17 @@ def _products_with_tile(
 ) -> list[list[ir.Value]]:  # fmt: skip
     """Two vectors for each of `TILE_ROWS` rows: ``begin`` plus the sum of the row's numbers times lines of the tile."""
     i64 = ir.IntType(64)
+    zero, one = ir.Constant(i64, 0), ir.Constant(i64, 1)
     places = [ir.Constant(i64, v * vector.lanes) for v in range(TILE // vector.lanes)]
     lines = [builder.gep(rows, [builder.mul(stride, ir.Constant(i64, row))]) for row in range(TILE_ROWS)]
     totals = [[cgutils.alloca_once_value(builder, number) for _ in places] for number in begin]
-    with cgutils.for_range_slice(builder, ir.Constant(i64, 0), dim, ir.Constant(i64, 1), i64, inc=True) as (at, _):
-        columns = builder.gep(tile, [builder.mul(at, ir.Constant(i64, TILE))])
-        numbers = [emit_load(builder, vector, columns, place) for place in places]
-        emit_products(builder, [builder.gep(line, [at]) for line in lines], numbers, totals)
+    for v in range(0, len(places), _VECTORS):
+        for row in range(0, TILE_ROWS, _ROWS):
+            some = [sums[v : v + _VECTORS] for sums in totals[row : row + _ROWS]]
+            with cgutils.for_range_slice(builder, zero, dim, one, i64, inc=True) as (at, _):
+                columns = builder.gep(tile, [builder.mul(at, ir.Constant(i64, TILE))])
+                numbers = [emit_load(builder, vector, columns, place) for place in places[v : v + _VECTORS]]
+                emit_products(builder, [builder.gep(line, [at]) for line in lines[row : row + _ROWS]], numbers, some)
     return [[builder.load(total) for total in sums] for sums in totals]
 
 

@@ -225,6 +225,49 @@ def copy_keys(typingctx: Any, source: Any, at: Any, target: Any, to: Any, bound:
 
 
 @intrinsic
+def set_of_numbers(typingctx: Any, numbers: Any, at: Any, first: Any) -> Any:
+    """Which of first .. first + 63 are among the 16 int32 from ``numbers[at]``: bit t of the result is first + t."""
+    int64 = types.int64
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        i32, i64 = ir.IntType(32), ir.IntType(64)
+        whole = ir.VectorType(i32, 16)
+
+        def number(value: int) -> ir.Constant:
+            return ir.Constant(whole, [value] * 16)
+
+        (begin,) = pointers_at(context, builder, signature, args, 0)
+        found = builder.load(builder.bitcast(begin, whole.as_pointer()), align=4)
+        apart = builder.sub(found, emit_splat(builder, whole, builder.trunc(args[2], i32)))
+        words = []
+        for bit in (0, 32):
+            place = builder.sub(apart, number(bit))
+            inside = builder.icmp_unsigned("<", place, number(32))
+            bits = builder.shl(number(1), builder.select(inside, place, number(0)))
+            word = builder.select(inside, bits, number(0))
+            for half in (8, 4, 2, 1):
+                lanes = range(2 * half)
+                swapped = builder.shuffle_vector(word, word, lane_mask([lane ^ half for lane in lanes]))
+                word = builder.or_(builder.shuffle_vector(word, word, lane_mask(list(lanes))), swapped)
+            words.append(builder.zext(builder.extract_element(word, ir.Constant(i32, 0)), i64))
+        return builder.or_(words[0], builder.shl(words[1], ir.Constant(i64, 32)))
+
+    return int64(numbers, int64, int64), codegen
+
+
+@intrinsic
+def replace_lanes(typingctx: Any, vector: Any, bits: Any, number: Any) -> Any:
+    """Lane t becomes ``number`` where bit t of ``bits`` is set."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        chosen = builder.trunc(args[1], ir.IntType(vector.lanes))
+        chosen = builder.bitcast(chosen, ir.VectorType(ir.IntType(1), vector.lanes))
+        return builder.select(chosen, emit_splat(builder, ir_type(vector), args[2]), args[0])
+
+    return vector(vector, types.int64, vector.scalar), codegen
+
+
+@intrinsic
 def transpose_tile(
     typingctx: Any, table: Any, first: Any, width: Any, rows: Any, at: Any, count: Any, out: Any, to: Any, stride: Any
 ) -> Any:

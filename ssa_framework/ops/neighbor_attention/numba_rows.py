@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ssa_framework.ops.numba_llvm import SUMS
 from ssa_framework.ops.numba_products import dot_rows
 from ssa_framework.ops.numba_runtime import device_function, inlined_function
 from ssa_framework.ops.numba_vectors import (
@@ -211,7 +212,7 @@ def add_rows(
     odd = (end - begin) % 2
     step = lanes(table)
     c = 0
-    while c + 4 * step <= width:  # four vectors of two rows at once: eight independent sums
+    while SUMS == 16 and c + 4 * step <= width:  # four vectors of two rows at once: eight independent sums
         a0, a1 = load(out, at + c), load(out, at + c + step)
         a2, a3 = load(out, at + c + 2 * step), load(out, at + c + 3 * step)
         b0 = b1 = b2 = b3 = splat(table, 0.0)
@@ -231,6 +232,20 @@ def add_rows(
         store(out, at + c + 2 * step, add(a2, b2))
         store(out, at + c + 3 * step, add(a3, b3))
         c += 4 * step
+    while c + 2 * step <= width:
+        a0, a1 = load(out, at + c), load(out, at + c + step)
+        b0 = b1 = splat(table, 0.0)
+        for e in range(begin, end - 1, 2):
+            p, w = first + int(rows[e]) * width + c, splat(table, weights[e])
+            a0, a1 = fma(w, load(table, p), a0), fma(w, load(table, p + step), a1)
+            p, w = first + int(rows[e + 1]) * width + c, splat(table, weights[e + 1])
+            b0, b1 = fma(w, load(table, p), b0), fma(w, load(table, p + step), b1)
+        if odd:
+            p, w = first + int(rows[end - 1]) * width + c, splat(table, weights[end - 1])
+            a0, a1 = fma(w, load(table, p), a0), fma(w, load(table, p + step), a1)
+        store(out, at + c, add(a0, b0))
+        store(out, at + c + step, add(a1, b1))
+        c += 2 * step
     while c < width:
         a, b = load(out, at + c), splat(table, 0.0)
         for e in range(begin, end - 1, 2):

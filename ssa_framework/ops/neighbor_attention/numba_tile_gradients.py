@@ -157,7 +157,7 @@ def _add_chunk(
             line = lines + row
             scale_scores(tile.scores, tile.added, parts.scale, mine, left, right, low, high)
             if kind == SUMMARIES:
-                hide_opened(parts.summaries.opened, opened + row, tile.scores, mine, tile.keys[0], low, high)
+                hide_opened(parts.summaries.opened, opened + row, tile.scores, mine, tile.keys[0], left, right)
             elif tile.hidden[e + i]:
                 hide_keys(kind, e + i, mine, parts, batch, tile)
             if dropping:

@@ -33,6 +33,8 @@ from ssa_framework.ops.numba_vectors import (
     max_lanes,
     maximum,
     only_lanes,
+    replace_lanes,
+    set_of_numbers,
     splat,
     store,
     sub,
@@ -177,15 +179,24 @@ def first_opened(parts: Parts, batch: int, head: int) -> int:
 
 
 @device_function
-def hide_opened(opened: Array, line: int, scores: Array, place: int, first: int, low: int, high: int) -> None:
-    """Hide the summaries that a query has opened, ``opened[line]``, of those ``low .. high`` of a tile.
+def hide_opened(opened: Array, line: int, scores: Array, place: int, first: int, left: int, right: int) -> None:
+    """Hide the summaries that a query has opened, ``opened[line]``, in the vectors of scores ``left .. right``.
 
     The tile begins with the summary ``first``.
     """
-    for p in range(opened.shape[1]):
-        t = opened[line, p] - first
-        if low <= t < high:
-            scores[place + t] = -np.inf
+    numbers, count = opened.reshape(opened.size), opened.shape[1]
+    at, bits = line * count, 0
+    for p in range(0, count - 15, 16):
+        bits |= set_of_numbers(numbers, at + p, first)
+    if count >= 16:
+        bits |= set_of_numbers(numbers, at + count - 16, first)
+    else:
+        for p in range(count):
+            t = opened[line, p] - first
+            bits |= 1 << t if 0 <= t < TILE else 0
+    if bits:
+        for c in range(left, right, lanes(scores)):
+            store(scores, place + c, replace_lanes(load(scores, place + c), bits >> c, -np.inf))
 
 
 @inlined_function
@@ -268,7 +279,7 @@ def attend_tile(
             clear(scores, place + end_mine, right - end_mine)
             scale_scores(scores, tile.added, parts.scale, place, mine, end_mine, low, high)
             if kind == SUMMARIES:
-                hide_opened(parts.summaries.opened, opened + row, scores, place, tile.keys[0], low, high)
+                hide_opened(parts.summaries.opened, opened + row, scores, place, tile.keys[0], mine, end_mine)
             elif tile.hidden[e + i]:
                 hide_keys(kind, e + i, place, parts, batch, tile)
             tile.factors[i] = merge_weights(scores, state.largest, state.mass, line, place, mine, end_mine)
