@@ -16,8 +16,10 @@ import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Annotated
+from unittest import mock
 
 import torch
+import triton
 import typer
 from gpu import MIXES, PRESETS, attend, tensors
 from torch import Tensor
@@ -25,7 +27,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from ssa_framework import NeighborGraph, SSAConfig, build_graph
-from ssa_framework.ops.cluster_keys import Clusters, cluster_keys, cluster_members
+from ssa_framework.ops.cluster_keys import Clusters, cluster_keys, cluster_members, triton_cuda
 from ssa_framework.ops.neighbor_attention import neighbor_attention
 
 BOUNDS = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
@@ -192,6 +194,30 @@ def k_means(mix: str, tokens: int) -> None:
         report(title, functools.partial(call, starts=starts, length=length, clusters=clusters))
 
 
+TILES = [(128, 64, 16, 2), (128, 64, 32, 2), (128, 64, 16, 3), (64, 64, 16, 2), (128, 128, 16, 2), (256, 64, 32, 2)]
+"""Keys of a tile, centroids of a chunk, keys of a warp, chunks on their way."""
+
+
+def tune(mix: str, tokens: int) -> None:
+    """Times the kernel that compares keys with chunks of centroids, with other tiles, on the levels that it serves."""
+    k = tensors(tokens)[1]
+    many = [level for level in levels(mix) if level[1] > 128]
+    for rows, chunk, warp, stages in TILES:
+        taken = []
+        changed = {"_rows": lambda _, rows=rows: rows, "_CHUNK": chunk, "_ROWS_OF_A_WARP": warp, "_STAGES": stages}
+        with mock.patch.multiple(triton_cuda, **changed):
+            for length, clusters in many:
+                starts = torch.arange(0, tokens - length + 1, length, dtype=torch.int32, device="cuda")[None]
+                call = functools.partial(cluster_keys, k, starts, length, clusters, iterations=3, coarse=1)
+                try:
+                    taken.append(f"{sum(t for name, (t, _) in kernel_times(call).items() if 'nearest' in name):.3f} ms")
+                except triton.runtime.errors.OutOfResources:
+                    taken.append("too large")
+        print(
+            f"  {rows} keys, {rows // warp} warps, chunks of {chunk}, {stages} stages: {', '.join(taken)}", flush=True
+        )
+
+
 def kernel_times(call: Callable[[], object]) -> dict[str, tuple[float, int]]:
     """Milliseconds on the device and launches of each kernel of one call."""
     call()
@@ -238,6 +264,7 @@ def main(
     mix: Annotated[list[str] | None, typer.Option(help="of the mixes of gpu.py")] = None,
     backward: Annotated[bool, typer.Option(help="time gradients too")] = True,
     checks: Annotated[bool, typer.Option(help="check first")] = True,
+    tiles: Annotated[bool, typer.Option(help="only time the tiles of k-means with many centroids")] = False,
 ) -> None:
     """Check and profile the kernels of clusters on the GPU."""
     if checks:
@@ -248,6 +275,11 @@ def main(
         for case in cases():
             check(*case)
     for tokens in length or [32768, 131072]:
+        if tiles:
+            for name in mix or ["preset balanced", "preset quality"]:
+                print(f"{name}, {tokens}, {', '.join(str(level) for level in levels(name) if level[1] > 128)}:")
+                tune(name, tokens)
+            continue
         for name in mix or ["lean", "preset fast", "preset balanced", "preset quality"]:
             if name in PRESETS:
                 k_means(name, tokens)

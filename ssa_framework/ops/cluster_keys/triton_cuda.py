@@ -39,6 +39,10 @@ _CHUNK = 64
 """Centroids that a tile of keys is compared with at a time."""
 
 _STAGES = 2
+"""Chunks that are copied ahead, the one in use among them."""
+
+_ROWS_OF_A_WARP = 16
+"""Keys of a tile that each warp of a program compares with a chunk."""
 
 _WHOLE = 2048
 """Keys that one program takes through a step; it is all of a shorter segment's steps."""
@@ -195,7 +199,8 @@ def _cluster_in_chunks(
         tiles = triton.cdiv(keys, rows)
         nearest_kernel[(count * tiles, heads, batch)](
             segments, table, owners, counts[step], tiles, keys, apart,
-            **shape, KEYS=rows, CHUNK=_CHUNK, PARTS=parts, num_warps=4, num_stages=_STAGES,
+            **shape, KEYS=rows, CHUNK=_CHUNK, PARTS=parts, num_warps=rows // _ROWS_OF_A_WARP,
+            num_stages=_STAGES,
         )  # fmt: skip
         if step < len(steps):
             mean_kernel[(count * clusters, heads, batch)](
