@@ -184,14 +184,18 @@ def k_means_cases() -> Iterator[tuple[int, int, int, torch.dtype]]:
 
 
 def k_means(mix: str, tokens: int) -> None:
-    """Times the kernels of each level of a preset."""
+    """Times the kernels of each level of a preset; where programs hold all centroids, with chunks of them too."""
     k = tensors(tokens)[1]
     iterations = MIXES[mix].sources["clusters"].get("iterations", 5)
     call = functools.partial(cluster_keys, k, iterations=iterations, coarse=max(0, iterations - 2))
     for length, clusters in levels(mix):
         starts = torch.arange(0, tokens - length + 1, length, dtype=torch.int32, device="cuda")[None]
         title = f"{mix}, {tokens}, k-means, {clusters} clusters of {length} keys"
-        report(title, functools.partial(call, starts=starts, length=length, clusters=clusters))
+        level = functools.partial(call, starts=starts, length=length, clusters=clusters)
+        report(title, level)
+        if clusters <= 128:
+            with mock.patch.object(triton_cuda, "_MAX_CENTROIDS", 0):
+                report(f"{title}, in chunks", level)
 
 
 TILES = [(128, 64, 16, 2), (128, 64, 32, 2), (128, 64, 16, 3), (64, 64, 16, 2), (128, 128, 16, 2), (256, 64, 32, 2)]

@@ -6,6 +6,10 @@ from torch import Tensor
 
 from ssa_framework.errors import BackendUnavailableError
 from ssa_framework.ops.cluster_keys import api, cluster_keys, triton_cuda
+from ssa_framework.ops.rank_clusters import triton_cuda as triton_rank
+from ssa_framework.presets import PRESETS
+from ssa_framework.source import LayerSpec
+from ssa_plugins.clusters import Clusters as ClustersSource
 from test_cluster_keys import agree, check, randn, same, segments, whole_numbers
 
 
@@ -91,6 +95,17 @@ def test_a_segment_does_not_see_the_others(chunks: bool, request: pytest.Fixture
     assert torch.equal(first.order[..., 40:80] - 40, alone.order)
     for name in ("size", "centroids", "variances"):
         assert torch.equal(getattr(first, name)[:, :, slots : 2 * slots], getattr(alone, name))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_serves_every_level_of_the_presets(preset: str) -> None:
+    layer = LayerSpec(head_dim=128, num_heads=32, num_kv_heads=8, graph_heads=8, num_neighbors=128, causal=True)
+    source = ClustersSource(layer, **PRESETS[preset])
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        k = torch.empty(1, 8, 1, 128, dtype=dtype)
+        for length, size in source.levels:
+            assert triton_cuda.why_not(k, round(length / size)) is None
+        assert triton_rank.why_not(k, source.most(source.levels[0][1])) is None
 
 
 def test_named_backend_serves_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,7 @@ def _shared_memory(clusters: int, dim: int, parts: int) -> int:
     columns, width = _padded(clusters), _padded(dim)
     if _at_once(clusters, dim):
         return 4 * columns * width + 2 * 2 * 64 * width + 2 * 64 * columns + 4096
-    return 2 * width * (2 * _STAGES * _CHUNK + parts * _rows(width)) + 4096
+    return 2 * width * (2 * _STAGES * _CHUNK + parts * _rows(width)) + 1024
 
 
 def _rows(width: int) -> int:
@@ -192,15 +192,14 @@ def _cluster_in_chunks(
     bias, middle = (empty((batch, heads, count, more)) for more in (columns, width))
     table = Parts(high, low, bias, middle, clusters)
     counts = torch.zeros((len(steps) + 1, batch, heads, count, 1, columns), dtype=torch.int32, device=owners.device)
-    rows = _rows(width)
-    begin_kernel[(count, heads, batch)](segments, table, **shape, ROWS=_CHUNK, PARTS=parts, num_warps=4)
+    rows, chunk = _rows(width), min(_CHUNK, columns)
+    begin_kernel[(count, heads, batch)](segments, table, **shape, ROWS=chunk, PARTS=parts, num_warps=4)
     for step, keys in enumerate([*steps, length]):
         apart = 1 if keys == length else stride
         tiles = triton.cdiv(keys, rows)
         nearest_kernel[(count * tiles, heads, batch)](
             segments, table, owners, counts[step], tiles, keys, apart,
-            **shape, KEYS=rows, CHUNK=_CHUNK, PARTS=parts, num_warps=rows // _ROWS_OF_A_WARP,
-            num_stages=_STAGES,
+            **shape, KEYS=rows, CHUNK=chunk, PARTS=parts, num_warps=rows // _ROWS_OF_A_WARP, num_stages=_STAGES,
         )  # fmt: skip
         if step < len(steps):
             mean_kernel[(count * clusters, heads, batch)](
