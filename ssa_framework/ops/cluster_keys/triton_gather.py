@@ -22,6 +22,28 @@ class Found(NamedTuple):
 
 
 @triton.jit
+def _collect(owners, mine, into, first_key, keys, PLACES: tl.constexpr):
+    """Write the numbers of the keys that ``mine`` owns of ``keys``, counted from ``first_key`` on, one after the
+    other."""
+    row = tl.arange(0, PLACES // 8) * 8
+    column = tl.arange(0, 8)[None, :]
+    seen = tl.zeros((), tl.int32)
+    for first in range(0, keys, PLACES):
+        place = first + row[:, None] + column
+        owned = tl.load(owners + place, mask=place < keys, other=-1) == mine
+        # few of the keys are owned: a bit for each, and as many stores as a row of eight has at most
+        count = tl.sum(owned.to(tl.int32), 1)
+        bits = tl.sum(tl.where(owned, 1 << column, 0), 1)
+        at = seen + tl.cumsum(count, 0) - count
+        for nth in range(tl.max(count, 0)):
+            lowest = (bits & -bits).to(tl.float32).to(tl.int32, bitcast=True)
+            bit = (lowest >> 23) - 127  # the exponent
+            tl.store(into + at + nth, first_key + first + row + bit, mask=bits > 0)
+            bits &= bits - 1
+        seen += tl.sum(count, 0)
+
+
+@triton.jit
 def gather_kernel(
     segments, owners, counts, parts, clusters, capacity, found,
     D: tl.constexpr, W: tl.constexpr, KEYS: tl.constexpr, PLACES: tl.constexpr, CLUSTERS: tl.constexpr,
@@ -47,14 +69,7 @@ def gather_kernel(
     of_segment = index * segments.length
     ordered = found.order + of_segment + before
     if n > 0:
-        seen = tl.zeros((), tl.int32)
-        for first in range(0, segments.length, PLACES):
-            place = first + tl.arange(0, PLACES)
-            owner = tl.load(owners + of_segment + place, mask=place < segments.length, other=-1)
-            owned = (owner == mine).to(tl.int32)
-            at = seen + tl.cumsum(owned, 0) - owned
-            tl.store(ordered + at, start + place, mask=owned > 0)
-            seen += tl.sum(owned, 0)
+        _collect(owners + of_segment, mine, ordered, start, segments.length, PLACES)
     tl.debug_barrier()  # read back in another order than written
     dims = tl.arange(0, W)
     parts_of_mine = (n + capacity - 1) // capacity

@@ -61,10 +61,28 @@ def _keys(keys, segments, place, inside, D: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
+def _initial(keys, segments, number, clusters, D: tl.constexpr, W: tl.constexpr):
+    """Centroids ``number [C]`` before the first step, keys at even distances: float32 ``[C, W]``, zeros from
+    ``clusters`` on."""
+    place = number.to(tl.int64) * (segments.length - 1) // tl.maximum(clusters - 1, 1)
+    return _keys(keys, segments, place, number < clusters, D, W).to(tl.float32)
+
+
+@triton.jit
 def _parts(x):
     """bfloat16 tensors whose sum is float32 ``x``, up to a 2**-17th of it."""
     high = x.to(tl.bfloat16)
     return high, (x - high.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def _bias(high, low, middle, PARTS: tl.constexpr):
+    """What the scores of centroids begin with ``[C]``, from their parts ``[C, W]``."""
+    whole = high.to(tl.float32) + low.to(tl.float32)
+    bias = tl.sum(whole * whole, 1) / -2
+    if PARTS == 1:  # keys are multiplied without being centred
+        bias -= tl.sum(whole * middle[None, :], 1)
+    return bias
 
 
 @triton.jit
@@ -75,23 +93,21 @@ def _read(centroids, index, CLUSTERS: tl.constexpr, W: tl.constexpr, PARTS: tl.c
     middle = tl.load(centroids.middle + index * W + dims)
     at = (index * CLUSTERS + number[:, None]) * W + dims[None, :]
     high, low = _parts(tl.load(centroids.table + at))
-    whole = high.to(tl.float32) + low.to(tl.float32)
-    bias = tl.sum(whole * whole, 1) / -2
-    if PARTS == 1:  # keys are multiplied without being centred
-        bias -= tl.sum(whole * middle[None, :], 1)
+    bias = _bias(high, low, middle, PARTS)
     return high, low, tl.where(number < centroids.clusters, bias, -float("inf")), middle
 
 
 @triton.jit
-def _nearest(x, rest, high, low, bias, CLUSTERS: tl.constexpr, PARTS: tl.constexpr):
-    """The first of the nearest centroids of each row of ``x + rest [S, W]``: int32 ``[S]``."""
+def _best(x, rest, high, low, bias, CLUSTERS: tl.constexpr, PARTS: tl.constexpr):
+    """The best score of each row of ``x + rest [S, W]``, and the first centroid that has it, int32 ``[S]``."""
     scores = dot(x, tl.trans(low), tl.zeros((x.shape[0], CLUSTERS), tl.float32), "ieee")
     if PARTS == 2:
         scores = dot(rest, tl.trans(high), scores, "ieee")
     scores = dot(x, tl.trans(high), scores, "ieee") + bias[None, :]
     number = tl.arange(0, CLUSTERS)[None, :]
-    best = tl.min(tl.where(scores == tl.max(scores, 1)[:, None], number, CLUSTERS), 1)
-    return tl.where(best < CLUSTERS, best, 0)  # a row of NaNs equals nothing
+    best = tl.max(scores, 1)
+    first = tl.min(tl.where(scores == best[:, None], number, CLUSTERS), 1)
+    return best, tl.where(first < CLUSTERS, first, 0)  # a row of NaNs equals nothing
 
 
 @triton.jit
@@ -132,7 +148,7 @@ def _sums(
         nth = first + tl.arange(0, KEYS)
         inside = nth < last_key
         x, rest = _tile(keys, segments, nth * apart, inside, middle, D, W, PARTS)
-        owner = _nearest(x, rest, high, low, bias, CLUSTERS, PARTS)
+        _, owner = _best(x, rest, high, low, bias, CLUSTERS, PARTS)
         members = _members(owner, inside, number)
         size = _added(members, size, KEYS)
         if PARTS == 2:
@@ -163,7 +179,7 @@ def _assign(
         place = first + tl.arange(0, KEYS)
         inside = place < last_key
         x, rest = _tile(keys, segments, place, inside, middle, D, W, PARTS)
-        owner = _nearest(x, rest, high, low, bias, CLUSTERS, PARTS)
+        _, owner = _best(x, rest, high, low, bias, CLUSTERS, PARTS)
         tl.store(owners + index * segments.length + place, owner.to(tl.int16), mask=inside)
         count = _added(_members(owner, inside, number), count, KEYS)
     return tl.max(count, 1).to(tl.int32)
@@ -182,8 +198,7 @@ def lloyd_kernel(
     number = tl.arange(0, CLUSTERS)
     dims = tl.arange(0, W)
     real = number < centroids.clusters
-    place = number.to(tl.int64) * (segments.length - 1) // tl.maximum(centroids.clusters - 1, 1)
-    initial = _keys(keys, segments, place, real, D, W).to(tl.float32)
+    initial = _initial(keys, segments, number, centroids.clusters, D, W)
     middle = tl.sum(initial, 0) / centroids.clusters
     tl.store(centroids.middle + index * W + dims, middle)
     table = centroids.table + ((index * CLUSTERS + number[:, None]) * W + dims[None, :])
