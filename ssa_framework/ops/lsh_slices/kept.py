@@ -100,9 +100,7 @@ class KeptHashes:
         """
         batch, _, length, dim = k.shape
         first_new, new = self.length, length - self.length
-        self._codes.append(
-            torch.zeros((batch, self.heads, self.functions, new), dtype=torch.int16, device=k.device)
-        )
+        self._codes.append(torch.zeros((batch, self.heads, self.functions, new), dtype=torch.int16, device=k.device))
         if self.center:
             saves = -(-length // self.save_every) - self._saved_sums.length
             if saves > 0 or self._saved_sums.room is None:

@@ -51,8 +51,8 @@ def hash_new(
 
 
 def order_codes(
-    kept: KeptHashes, keep: Tensor | None, elements: Sequence[int], bits: int, stored: int, length: int, order: Tensor,
-    firsts: Tensor,
+    kept: KeptHashes, keep: Tensor | None, elements: Sequence[int], bits: int, stored: int, length: int,
+    order: Tensor, firsts: Tensor,
 ) -> None:  # fmt: skip
     """See `KeptHashes._order`."""
     heads, functions = kept.heads, kept.functions
@@ -64,14 +64,17 @@ def order_codes(
         b, h = elements[number // heads], number % heads
         cursor = np.empty(1 << bits, dtype=np.int32)
         row = padding[b if padding.shape[0] > 1 else 0]
-        _order_row(codes[b, h, f], row, length, stored - bits, starts[b, h, f, : (1 << bits) + 1], cursor, orders[b, h, f])
+        _order_row(
+            codes[b, h, f], row, length, stored - bits, starts[b, h, f, : (1 << bits) + 1], cursor, orders[b, h, f]
+        )
 
     parallel_for(of_function, len(elements) * heads * functions)
 
 
 def look_up(
     kept: KeptHashes, q: Tensor, keep: Tensor | None, directions: Tensor, elements: Sequence[int], bits: int,
-    stored: int, first_query: int, limit: int, buckets: Buckets | None, lists: Tensor | None, start: Tensor, end: Tensor,
+    stored: int, first_query: int, limit: int, buckets: Buckets | None, lists: Tensor | None, start: Tensor,
+    end: Tensor,
 ) -> None:  # fmt: skip
     """See `KeptHashes._look_up`."""
     batch, heads, queries, dim = q.shape
@@ -93,8 +96,8 @@ def look_up(
     def share(task: int) -> None:
         mine = tasks[task * len(tasks) // shares : (task + 1) * len(tasks) // shares]
         _look_up_rows(
-            rows, queries, dim, mine, heads, heads // kept.heads, hashes, flips, bits, stored - bits, first_query, padding,
-            codes, covered, order, firsts, limit, scratch_of(hashes.width, slices), found, starts, ends,
+            rows, queries, dim, mine, heads, heads // kept.heads, hashes, flips, bits, stored - bits, first_query,
+            padding, codes, covered, order, firsts, limit, scratch_of(hashes.width, slices), found, starts, ends,
         )  # fmt: skip
 
     parallel_for(share, shares)

@@ -37,9 +37,7 @@ def hash_new(
         codes[some, :, :, fresh:stop] = hashes.buckets(projected, bits).transpose(2, 3).to(torch.int16)
 
 
-def _centred(
-    kept: KeptHashes, rows: Tensor, keep: Tensor | None, some: Tensor, start: int, stop: int
-) -> Tensor:
+def _centred(kept: KeptHashes, rows: Tensor, keep: Tensor | None, some: Tensor, start: int, stop: int) -> Tensor:
     """Rows without the mean of the keys up to each, which join the sums."""
     real = torch.ones((1, stop - start), dtype=torch.int64, device=rows.device)
     if keep is not None:
@@ -58,8 +56,8 @@ def _centred(
 
 
 def order_codes(
-    kept: KeptHashes, keep: Tensor | None, elements: Sequence[int], bits: int, stored: int, length: int, order: Tensor,
-    firsts: Tensor,
+    kept: KeptHashes, keep: Tensor | None, elements: Sequence[int], bits: int, stored: int, length: int,
+    order: Tensor, firsts: Tensor,
 ) -> None:  # fmt: skip
     """The first ``length`` keys of some batch elements by the first ``bits`` bits of their codes."""
     some = torch.tensor(elements, device=order.device)
@@ -76,7 +74,8 @@ def order_codes(
 
 def look_up(
     kept: KeptHashes, q: Tensor, keep: Tensor | None, directions: Tensor, elements: Sequence[int], bits: int,
-    stored: int, first_query: int, limit: int, buckets: Buckets | None, lists: Tensor | None, start: Tensor, end: Tensor,
+    stored: int, first_query: int, limit: int, buckets: Buckets | None, lists: Tensor | None, start: Tensor,
+    end: Tensor,
 ) -> None:  # fmt: skip
     """The slices of the queries of some batch elements, of lists of their own if there are any, else of ``buckets``."""
     some = torch.tensor(elements, device=q.device)
@@ -88,9 +87,7 @@ def look_up(
     if buckets is not None:
         firsts = buckets.firsts[some].repeat_interleave(group, dim=1).long()
         place = wanted.clamp(min=0).transpose(2, 3).flatten(3)  # [b, G, S, N·P]
-        low, high = (
-            firsts.gather(3, place + i).unflatten(3, (wanted.shape[2], -1)).transpose(2, 3) for i in (0, 1)
-        )
+        low, high = (firsts.gather(3, place + i).unflatten(3, (wanted.shape[2], -1)).transpose(2, 3) for i in (0, 1))
         high = torch.where(wanted < 0, low, high)
     if lists is not None:
         low, high = _listed(kept, keep, some, stored - bits, first_query, limit, buckets, lists, wanted, low, high)
