@@ -5,7 +5,7 @@ from ssa_framework.growing import GrowingTensor
 from ssa_framework.hookspecs import ENTRY_POINT_GROUP, hookimpl
 from ssa_framework.ops.cluster_keys import Clusters, cluster_keys, cluster_members, cluster_slots
 from ssa_framework.ops.group_keys import group_keys
-from ssa_framework.ops.lsh_slices import HashLevels, lsh_slices
+from ssa_framework.ops.lsh_slices import HashLevels, KeptHashes, lsh_slices
 from ssa_framework.ops.rank_clusters import KeptClusters, rank_clusters
 from ssa_framework.ops.summarize_keys import summarize_keys
 from ssa_framework.proposals import Band, Candidates, Columns, Proposal, Ranges, Spans, Summaries
@@ -23,6 +23,7 @@ __all__ = [
     "GrowingTensor",
     "HashLevels",
     "KeptClusters",
+    "KeptHashes",
     "LayerSpec",
     "MissingExtraError",
     "NeighborSource",

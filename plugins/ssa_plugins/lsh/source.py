@@ -10,6 +10,7 @@ from torch import Tensor
 from ssa_framework.plugin import (
     ConfigError,
     HashLevels,
+    KeptHashes,
     LayerSpec,
     NeighborSource,
     Ranges,
@@ -17,6 +18,7 @@ from ssa_framework.plugin import (
     lsh_slices,
 )
 from ssa_plugins.lsh.directions import HashName, directions, most_bits
+from ssa_plugins.lsh.kept_keys import KeptKeys
 
 
 def num_planes(keys: Tensor, per_bucket: float, max_planes: int) -> Tensor:
@@ -50,8 +52,13 @@ class LSH(NeighborSource):
             ``2 · candidates / (1 + probes)`` if left out. Buckets of real keys are of very different sizes.
         seed: of the planes; the layer's if left out.
 
+    In a cache, a key is hashed when it is appended, and a step looks only into the buckets of its query. Polytopes of
+    another size are needed where the number of planes changes: then they hash all keys again.
+
     The planes are a buffer, ``planes`` ``[rounds, F, D]``: a state dict carries them.
     """
+
+    rebuilds = False
 
     planes: Tensor
 
@@ -85,6 +92,9 @@ class LSH(NeighborSource):
         self.limit = math.ceil(2 * self.per_bucket) if limit is None else limit
         self.hash: HashName = hash
         self.max_planes = min(max_planes, most_bits(hash, layer.head_dim))
+        # the largest choice that goes by no plane; log2 may be rounded either way
+        self._most_whole = max(layer.num_neighbors, math.ceil(self.per_bucket * 2**0.5) + 1)
+        self._widest = rounds * (1 + probes)
         self._kept: tuple[tuple[object, ...], HashLevels] | None = None
         generator = torch.Generator().manual_seed(layer.seed if seed is None else seed)
         self.register_buffer("planes", directions(hash, rounds, self.max_planes, layer.head_dim, generator))
@@ -92,19 +102,92 @@ class LSH(NeighborSource):
     def extra_repr(self) -> str:
         return f"hash={self.hash}, rounds={self.rounds}, probes={self.probes}, limit={self.limit}"
 
-    def propose(self, ctx: RoutingContext) -> Ranges:
+    def propose(self, ctx: RoutingContext) -> Ranges | list[Ranges]:
         if ctx.num_keys <= self.layer.num_neighbors:
             return Ranges.everything()  # all of them fit the budget; there is nothing to choose
+        if isinstance(ctx.state, KeptKeys):
+            kept = self._propose_kept(ctx.state, ctx)
+            if kept is not None:
+                return kept
+        levels = self._levels(ctx)
         order, start, end = lsh_slices(
             ctx.q,
             ctx.shared_k,
             self.planes,
-            self._levels(ctx),
+            levels,
             family=self.hash,
             probes=self.probes,
             center=self.center,
         )
+        if self._widest * self.limit < self._most_whole:
+            start, end = self._dealt_out(start, end, levels.queries)
         return Ranges(ctx.per_graph_head(order), start, end, limit=self.limit)
+
+    def _dealt_out(self, start: Tensor, end: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+        """Slices of which those of queries that get every key are no longer than the limit, so that none is cut."""
+        functions, slices = start.shape[3:]
+        each = -(-self._most_whole // (self.limit * functions))
+        low, high = start[..., :1, :1], end.amax(dim=(3, 4), keepdim=True)
+        part = torch.arange(functions * each, dtype=torch.int32, device=start.device).view(functions, each) * self.limit
+        whole = (bits == 0)[:, None, :, None, None]
+        missing = (0, max(each - slices, 0))
+        start, end = (torch.nn.functional.pad(x, missing) for x in (start, end))
+        part = torch.nn.functional.pad(part, (0, start.shape[4] - each), value=self._most_whole)
+        begins, ends = torch.minimum(low + part, high), torch.minimum(low + part + self.limit, high)
+        return torch.where(whole, begins, start), torch.where(whole, ends, end)
+
+    # -- decoding ------------------------------------------------------------------------------------------------------
+
+    def init_state(self, ctx: RoutingContext) -> KeptKeys:
+        batch, heads, _, dim = ctx.shared_k.shape
+        hashes = KeptHashes(
+            self.hash,
+            self.max_planes,
+            batch=batch,
+            heads=heads,
+            functions=self.rounds,
+            dim=dim,
+            center=self.center,
+            device=ctx.device,
+        )
+        return KeptKeys(hashes, [-1] * batch)
+
+    def append(self, state: KeptKeys, ctx: RoutingContext) -> KeptKeys:
+        state.find_first(ctx.key_keep, ctx.first_new)
+        bits = [-1 if first < 0 else self._bits_of(ctx.num_keys - first) for first in state.first]
+        state.hashes.append(ctx.shared_k, self.planes, bits, ctx.key_keep)
+        return state
+
+    def crop(self, state: KeptKeys, length: int) -> KeptKeys:
+        state.crop(length)
+        return state
+
+    def reorder(self, state: KeptKeys, index: Tensor) -> KeptKeys:
+        state.reorder(index)
+        return state
+
+    def _propose_kept(self, state: KeptKeys, ctx: RoutingContext) -> list[Ranges] | None:
+        """From the state; ``None`` where queries of one batch element go by different numbers of planes."""
+        keys, first_query = ctx.num_keys, ctx.num_keys - ctx.num_queries
+        bits = []
+        for first in state.first:
+            here = -1 if first < 0 else self._bits_of(keys - first)
+            if here >= 0 and self._bits_of(max(first_query - first, 0) + 1) != here:
+                return None
+            bits.append(here)
+        proposals = []
+        if max(bits) > 0:
+            order, start, end = state.hashes.slices(
+                ctx.q, self.planes, bits, probes=self.probes, limit=self.limit, keep=ctx.key_keep
+            )
+            proposals.append(Ranges(order, start, end, limit=self.limit))
+        if min(bits) <= 0:  # every key, or none
+            whole = torch.tensor([b == 0 for b in bits], device=ctx.device)[:, None]
+            end = torch.where(whole, ctx.positions + 1, 0)[:, None, :, None, None]
+            proposals.append(Ranges(None, torch.zeros_like(end), end))
+        return proposals
+
+    # -- numbers of planes ---------------------------------------------------------------------------------------------
 
     def _bits(self, choice: Tensor) -> Tensor:
         """Planes of a query that may choose from so many keys; 0 where it gets all of them, -1 where there is none."""
@@ -142,7 +225,7 @@ class LSH(NeighborSource):
             queries=queries,
             first=of_first,
             last=of_document,
-            most=self._most_bits(ctx.num_keys),
+            most=self._bits_of(ctx.num_keys),
             query_documents=None if documents is None else documents[0],
             key_documents=None if documents is None else documents[1],
             num_documents=1 if documents is None else documents[2],
@@ -151,15 +234,15 @@ class LSH(NeighborSource):
             longest=self._longest(ctx),
         )
 
-    def _most_bits(self, keys: int) -> int:
-        """`_bits` of the largest choice, on the host."""
-        if keys <= self.layer.num_neighbors:
-            return 0
-        return min(max(round(math.log2(keys / self.per_bucket)), 0), self.max_planes)
+    def _bits_of(self, choice: int) -> int:
+        """`_bits` of one query, on the host."""
+        if choice <= self.layer.num_neighbors:
+            return 0 if choice > 0 else -1
+        return min(max(round(math.log2(choice / self.per_bucket)), 0), self.max_planes)
 
     def _longest(self, ctx: RoutingContext) -> int:
         """No more keys than this stand in all orders together."""
-        keys, most = ctx.num_keys, self._most_bits(ctx.num_keys)
+        keys, most = ctx.num_keys, self._bits_of(ctx.num_keys)
         if not ctx.causal:
             return keys
         if ctx.documents is not None or ctx.key_keep is not None:

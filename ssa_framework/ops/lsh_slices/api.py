@@ -64,7 +64,7 @@ def lsh_slices(
             f"directions must be [S, F, D] with F >= {needed} for {levels.most} bits and D = {k.shape[3]}, got "
             f"{list(directions.shape)}"
         )
-    _check_finite(directions)
+    check_finite(directions)
     on_cpu = q.device.type == "cpu"
     if backend == "numba" and not on_cpu:
         raise BackendUnavailableError(f"backend 'numba' serves CPU tensors, got {q.device}")
@@ -91,7 +91,8 @@ def _why_not_triton(q: Tensor, k: Tensor, family: Family, probes: int, levels: H
     return triton_cuda.why_not(q, k, family, probes, levels)
 
 
-def _check_finite(directions: Tensor) -> None:
+def check_finite(directions: Tensor) -> None:
+    """Raise `ConfigError` where a direction is not finite."""
     message = "hash directions are not finite; the buffer that holds them was overwritten with NaN or inf"
     if directions.device.type == "cpu":
         if not bool(torch.isfinite(directions).all()):

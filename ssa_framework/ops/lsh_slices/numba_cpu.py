@@ -8,19 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssa_framework.ops.lsh_slices.families import CrossPolytope, hash_family
-from ssa_framework.ops.lsh_slices.numba_hash import (
-    CROSS_POLYTOPE,
-    HYPERPLANE,
-    LANES,
-    STRIP,
-    Functions,
-    Scratch,
-    center_rows,
-    hash_keys,
-    hash_queries,
-    order_keys,
-)
+from ssa_framework.ops.lsh_slices.numba_hash import center_rows, hash_keys, hash_queries, order_keys
+from ssa_framework.ops.lsh_slices.numba_strips import scratch_of, strips_of
 from ssa_framework.ops.lsh_slices.probing import flip_table
 from ssa_framework.ops.lsh_slices.types import Family, HashLevels
 from ssa_framework.ops.numba_runtime import Workspace, as_array, parallel_for
@@ -35,7 +24,7 @@ def slices(
     batch, heads, keys, dim = k.shape
     functions = directions.shape[0]
     group = q.shape[1] // heads
-    strips = _strips(directions, family, levels.most, dim)
+    strips = strips_of(directions, family, levels.most, dim)
     tables = _Tables(levels)
     length = int((levels.last - levels.first + 1).clamp(min=0).sum(-1).max()) if keys else 0
     order = torch.zeros((batch, heads, functions, length), dtype=torch.int32)
@@ -61,7 +50,7 @@ def slices(
             center_rows(k_array[b, h], keep, documents, levels.causal, sums, counts, rows)
         cursor = np.empty(levels.num_buckets, dtype=np.int32)
         for number, hashes in strips[part::parts]:
-            scratch = _scratch(hashes.width, 1 + probes)
+            scratch = scratch_of(hashes.width, 1 + probes)
             variants = 1 if family == "hyperplane" else levels.most + 1
             codes = np.empty((hashes.functions, variants, keys), dtype=np.uint16)
             firsts = np.empty((hashes.functions, levels.num_buckets + 1), dtype=np.int32)
@@ -79,36 +68,6 @@ def slices(
 
     parallel_for(body, batch * heads * parts)
     return order, start, end
-
-
-def _strips(directions: Tensor, family: Family, most: int, dim: int) -> list[tuple[int, Functions]]:
-    """The hash functions in groups whose directions share a strip, and the number of the first of each group."""
-    hashes = hash_family(family, most, dim)
-    columns = hashes.directions(most)
-    at_once = max(1, STRIP // max(1, columns))
-    used = directions[:, :columns].detach().float().numpy()
-    strips = []
-    for number in range(0, directions.shape[0], at_once):
-        some = used[number : number + at_once].reshape(-1, dim)
-        strip = np.zeros((dim, -(-some.shape[0] // LANES) * LANES), dtype=np.float32)
-        strip[:, : some.shape[0]] = some.T
-        single = hashes.single if isinstance(hashes, CrossPolytope) else most
-        kind = HYPERPLANE if family == "hyperplane" else CROSS_POLYTOPE
-        count = min(at_once, directions.shape[0] - number)
-        strips.append((number, Functions(strip.ravel(), strip.shape[1], count, columns, kind, single, most)))
-    return strips
-
-
-def _scratch(width: int, slices: int) -> Scratch:
-    sums = np.empty(width, dtype=np.float32)
-    room = max(slices * slices, 2 * slices, 16)
-    return Scratch(
-        sums,
-        sums.view(np.int32),
-        np.empty((2, max(width, LANES)), dtype=np.int32),
-        np.empty((4, room), dtype=np.int64),
-        np.empty((4, room), dtype=np.float32),
-    )
 
 
 class _Tables:

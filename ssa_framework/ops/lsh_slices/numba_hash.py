@@ -37,19 +37,30 @@ def center_rows(k: Any, keep: Any, documents: Any, causal: bool, sums: Any, coun
         if keep.shape[0] == 0 or keep[m]:
             document = documents[m] if documents.shape[0] > 0 else 0
             counts[document] += 1
-            for d in range(k.shape[1]):
-                sums[document, d] += k[m, d]
+            add_row(k[m], sums[document])
     for m in range(k.shape[0]):
         if keep.shape[0] > 0 and not keep[m]:
             continue
         document = documents[m] if documents.shape[0] > 0 else 0
         if causal:
             counts[document] += 1
-            for d in range(k.shape[1]):
-                sums[document, d] += k[m, d]
-        share = 1.0 / counts[document]
-        for d in range(k.shape[1]):
-            out[m, d] = k[m, d] - np.float32(sums[document, d] * share)
+            add_row(k[m], sums[document])
+        center_row(k[m], sums[document], counts[document], out[m])
+
+
+@device_function
+def add_row(row: Any, sums: Any) -> None:
+    """Add ``row [D]`` to float64 sums."""
+    for d in range(row.shape[0]):
+        sums[d] += row[d]
+
+
+@device_function
+def center_row(row: Any, sums: Any, count: Any, out: Any) -> None:
+    """``row [D]`` without the mean of ``count`` rows that have these float64 sums."""
+    share = 1.0 / count
+    for d in range(row.shape[0]):
+        out[d] = row[d] - np.float32(sums[d] * share)
 
 
 class Functions(NamedTuple):
@@ -134,16 +145,8 @@ def _vertex(sums: Any, base: int, place: int, size: int) -> int:
 @device_function
 def _polytope_codes(scratch: Any, base: int, single: int, first: int, last: int, codes: Any, m: int) -> None:
     """``codes[bits, m]`` for ``first`` to ``last`` bits."""
-    other = base + (1 << (single - 1))
     for bits in range(last, max(first, single + 1) - 1, -1):
-        low = bits // 2
-        large, small = 1 << (bits - low - 1), 1 << (low - 1)
-        _take_lengths(scratch, base, large, 0)
-        _take_lengths(scratch, other, small, 1)
-        at = place_of_largest(scratch.lengths[0], 0, max(large, LANES))
-        beside = place_of_largest(scratch.lengths[1], 0, max(small, LANES))
-        code = _vertex(scratch.sums, base, at, large) << low
-        codes[bits, m] = code | _vertex(scratch.sums, other, beside, small)
+        codes[bits, m] = _code_of_two(scratch, base, single, bits)
     last = min(last, single)
     if first <= last:
         _take_lengths(scratch, base, 1 << (last - 1), 0)
@@ -153,6 +156,31 @@ def _polytope_codes(scratch: Any, base: int, single: int, first: int, last: int,
         codes[bits, m] = _vertex(scratch.sums, base, at, size)
         for j in range(size // 2, size):
             scratch.lengths[0, j] = -1
+
+
+@device_function
+def _code_of_two(scratch: Any, base: int, single: int, bits: int) -> int:
+    """The code of a key by two polytopes."""
+    low = bits // 2
+    large, small = 1 << (bits - low - 1), 1 << (low - 1)
+    other = base + (1 << (single - 1))
+    _take_lengths(scratch, base, large, 0)
+    _take_lengths(scratch, other, small, 1)
+    at = place_of_largest(scratch.lengths[0], 0, max(large, LANES))
+    beside = place_of_largest(scratch.lengths[1], 0, max(small, LANES))
+    return _vertex(scratch.sums, base, at, large) << low | _vertex(scratch.sums, other, beside, small)
+
+
+@device_function
+def key_code(scratch: Any, base: int, hashes: Any, bits: int) -> int:
+    """The code of a key for exactly ``bits`` bits, at least 1, from the sums of one function."""
+    if hashes.family == HYPERPLANE:
+        return _signs(scratch.sums, base, bits)
+    if bits > hashes.single:
+        return _code_of_two(scratch, base, hashes.single, bits)
+    size = 1 << (bits - 1)
+    _take_lengths(scratch, base, size, 0)
+    return _vertex(scratch.sums, base, place_of_largest(scratch.lengths[0], 0, max(size, LANES)), size)
 
 
 @bare_kernel
@@ -215,14 +243,20 @@ def hash_queries(
             continue
         row_by_matrix(rows, n * dim, dim, hashes.strip, 0, hashes.width, hashes.width, scratch.sums, 0)
         for f in range(hashes.functions):
-            if hashes.family == HYPERPLANE:
-                found = _hyperplane_probes(scratch, f * hashes.columns, bits, flips[bits], scratch.codes[0])
-            else:
-                found = _polytope_probes(scratch, f * hashes.columns, hashes.single, bits, slices)
+            found = probe(scratch, f * hashes.columns, hashes, bits, flips, slices)
             for p in range(slices):
                 bucket = base + scratch.codes[0, p] if p < found else 0
                 start[n, number + f, p] = firsts[f, bucket] if p < found else 0
                 end[n, number + f, p] = firsts[f, bucket + 1] if p < found else 0
+
+
+@device_function
+def probe(scratch: Any, base: int, hashes: Any, bits: int, flips: Any, slices: int) -> int:
+    """The codes of the buckets that a query looks into, from the sums of one function, to ``scratch.codes[0]``;
+    returns how many."""
+    if hashes.family == HYPERPLANE:
+        return _hyperplane_probes(scratch, base, bits, flips[bits], scratch.codes[0])
+    return _polytope_probes(scratch, base, hashes.single, bits, slices)
 
 
 @device_function

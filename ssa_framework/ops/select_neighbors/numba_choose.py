@@ -116,8 +116,8 @@ def choose_from_slices(
                 place += fresh
         found = np.int64(place)
         totals[1] += found
-        totals[0] += _mark_best(picked, picked_scores, found, budget, bits, words)
-        _unpack(bits, words, picked, neighbors[r])
+        totals[0] += mark_best(picked, picked_scores, found, budget, bits, words)
+        unpack(bits, words, picked, neighbors[r])
 
 
 @kernel
@@ -184,8 +184,8 @@ def choose(
             else:
                 _set_bit(bits, words, key)
                 guaranteed += kinds[owner] == GUARANTEED
-        _mark_best(picked, picked_scores, found, budget - guaranteed, bits, words)
-        for place in range(_unpack(bits, words, picked, neighbors[r])):
+        mark_best(picked, picked_scores, found, budget - guaranteed, bits, words)
+        for place in range(unpack(bits, words, picked, neighbors[r])):
             listed[owner_of[neighbors[r, place]]] += 1
 
 
@@ -271,7 +271,7 @@ def _find_threshold(scores: Any, found: int, budget: int) -> Any:
 
 
 @device_function
-def _mark_best(picked: Any, scores: Any, found: int, budget: int, bits: Any, words: int) -> int:
+def mark_best(picked: Any, scores: Any, found: int, budget: int, bits: Any, words: int) -> int:
     """Set the bits of the ``budget`` keys with the highest of ``found`` scores; ties go to the lower key.
 
     Returns how many. The arrays are overwritten.
@@ -310,7 +310,7 @@ def _mark_with_ties(picked: Any, scores: Any, found: int, budget: int, threshold
 
 
 @device_function
-def _unpack(bits: Any, words: int, scratch: Any, row: Any) -> int:
+def unpack(bits: Any, words: int, scratch: Any, row: Any) -> int:
     """Keys of the set bits, ascending, into ``row``; the bits are cleared. Returns how many.
 
     ``scratch`` is int32, longer than ``row``. Where most words have a bit or two, both are written without asking,

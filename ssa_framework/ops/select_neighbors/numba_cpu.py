@@ -22,6 +22,7 @@ from ssa_framework.ops.select_neighbors.numba_choose import (
     keep_above,
     score_lists,
 )
+from ssa_framework.ops.select_neighbors.numba_few import are_few, select_few
 from ssa_framework.ops.select_neighbors.numba_ranges import GROUP, STRIP, clip_slices, expand_slices, score_slices
 from ssa_framework.ops.select_neighbors.types import Eligible, Proposed, Selection, most_listed
 from ssa_framework.proposals import Candidates, Ranges
@@ -72,6 +73,12 @@ def select(q: Tensor, k: Tensor, proposed: Sequence[Proposed], eligible: Eligibl
     kinds = np.array([FORCED if p.is_forced else GUARANTEED if p.is_guaranteed else CONTENT for p in ordered])
     width = min(budget, sum(most_listed(p.proposal, count) for p in ordered if not p.is_forced))
     forced_width = sum(_longest(p.proposal, count) for p in ordered if p.is_forced)
+    only = ordered[0].proposal if len(ordered) == 1 and kinds[0] == CONTENT else None
+    if isinstance(only, Ranges) and not only.is_everything and are_few(q, k, eligible):
+        longest = _longest(only, count)
+        neighbors, filled, pairs = select_few(q, k, only, eligible, budget, longest, width)
+        name = ordered[0].source
+        return Selection(neighbors, {name: torch.tensor(filled)}, {name: torch.tensor(pairs)})
     neighbors = torch.empty((batch, heads, queries, width + min(forced_width, count)), dtype=torch.int32)
     per_row = max(1, sum(_longest(p.proposal, count) for p in ordered))
     step = max(1, min(_BLOCK_ROWS, _BLOCK_CANDIDATES // per_row))
@@ -94,7 +101,6 @@ def select(q: Tensor, k: Tensor, proposed: Sequence[Proposed], eligible: Eligibl
         out[b, g, rows].fill(-1)  # here, so that all threads map fresh pages
         task = tables.task(q_array[b, g, rows], k_array[b, g // group], b, g, rows)
         counts = listed[number], scored[number]
-        only = ordered[0].proposal if len(ordered) == 1 and kinds[0] == CONTENT else None
         if isinstance(only, Ranges) and not only.is_everything:
             _choose_from_slices(task, _slices(task, only), budget, out[b, g, rows], *counts)
         else:

@@ -30,6 +30,21 @@ def _first_after(order: Any, start: int, end: int, position: int) -> int:
     return start
 
 
+@device_function
+def clip(order: Any, first: int, last: int, position: int, causal: bool, limit: int) -> tuple[int, int]:
+    """The part of the slice ``order[first:last]`` that a query looks at, at most ``limit`` keys unless that is 0."""
+    if causal or (limit > 0 and last - first > limit):
+        split = _first_after(order, first, last, position)
+        if causal:
+            last = split
+            if limit > 0:
+                first = max(first, last - limit)
+        else:
+            first = min(max(split - limit // 2, first), max(last - limit, first))
+            last = min(first + limit, last)
+    return first, last
+
+
 @bare_kernel
 def clip_slices(
     order: Any, start: Any, end: Any, positions: Any, causal: bool, limit: int, firsts: Any, offsets: Any
@@ -48,16 +63,14 @@ def clip_slices(
     for r in range(rows):
         for s in range(orders):
             for p in range(slices):
-                first, last = start[0 if shared else r, s, p], end[0 if shared else r, s, p]
-                if causal or (limit > 0 and last - first > limit):
-                    split = _first_after(order[s], first, last, positions[r])
-                    if causal:
-                        last = split
-                        if limit > 0:
-                            first = max(first, last - limit)
-                    else:
-                        first = min(max(split - limit // 2, first), max(last - limit, first))
-                        last = min(first + limit, last)
+                first, last = clip(
+                    order[s],
+                    start[0 if shared else r, s, p],
+                    end[0 if shared else r, s, p],
+                    positions[r],
+                    causal,
+                    limit,
+                )
                 place = (r * orders + s) * slices + p
                 firsts[r, s * slices + p] = first
                 offsets[place + 1] = offsets[place] + max(last - first, 0)
