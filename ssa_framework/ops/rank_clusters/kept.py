@@ -123,7 +123,7 @@ class KeptClusters:
             return self._rank_few(q, first, stop, budget, most, spread), low, high
         variances = self.variances if self.has_variances else None
         clusters = Clusters(self.order[:, :, 0], self.start, self.size, self.centroids, variances)
-        return rank_clusters(q, clusters, (low, high), budget, most, spread), low, high
+        return rank_clusters(q, clusters, (low, high), budget, most, spread, disjoint=True), low, high
 
     def slots_of(self, segments: Tensor) -> Tensor:
         """The first slots of segments, int32 ``[.., R]``."""
