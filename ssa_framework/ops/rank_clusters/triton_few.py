@@ -22,8 +22,8 @@ from ssa_framework.ops.rank_clusters.triton_rank import (
 
 
 class Kept(NamedTuple):
-    """Clusters of each KV head, contiguous: ``centroids`` float32 ``[B, Hkv, S, D]``, ``variances`` like them (``None``:
-    they do not count), ``start`` and ``size`` int32 ``[B, Hkv, S]``; and S."""
+    """Clusters of each KV head, contiguous: ``centroids`` float32 ``[B, Hkv, S, D]``, ``variances`` like them
+    (``None``: they do not count), ``start`` and ``size`` int32 ``[B, Hkv, S]``; and S."""
 
     centroids: Any
     variances: Any

@@ -153,10 +153,9 @@ def _scores(
     # all on their way before the first is used
     low = tl.trans(tl.load(table.low + at))
     high = tl.trans(tl.load(table.high + at))
+    variances = None
     if table.variances is not None:
         variances = tl.trans(tl.load(table.variances + at))
-    else:
-        variances = None
     return score_tile(x, rest, squares, high, low, variances, CLUSTERS, PARTS)
 
 
