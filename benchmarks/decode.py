@@ -6,6 +6,10 @@ sample token by token and in one call: neighbors must be equal, outputs close. W
 length: medians, 10th and 90th percentiles of single steps, in milliseconds.
 
     OMP_NUM_THREADS=1 python benchmarks/decode.py --out benchmarks/results/decode.csv
+
+With ``--device cuda`` it measures what `gpu_decode` describes:
+
+    python benchmarks/decode.py --device cuda --mix "preset fast" --out decode_cuda.csv
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
+import gpu_decode
 import torch
 import typer
 from recall import commit
@@ -114,8 +119,13 @@ def main(
     mixes: Annotated[list[str] | None, typer.Option("--mix", help=f"of {', '.join(MIXES)}")] = None,
     seconds: Annotated[float, typer.Option(help="of each measurement")] = 2.0,
     threads: Annotated[int, typer.Option(help="threads")] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:
     """Measure single steps of decoding."""
+    if device == "cuda":
+        names = mixes or [name for name in MIXES if MIXES[name] is not None]  # the default mix rebuilds
+        gpu_decode.run(out, {name: MIXES[name] or {} for name in names}, [n for n in LENGTHS if n <= longest])
+        return
     torch.set_num_threads(threads)
     chosen = mixes or list(MIXES)
     for mix in track(chosen, "checking"):

@@ -56,6 +56,8 @@ class IndexStates:
         """The router whose sources keep their states here."""
         self._indices: dict[str, _Index] = {}
         self._summaries = KeptSummaries()
+        self.steady = False
+        """Whether a step is routed that stands for several tokens, for none of which a source appends keys."""
         self.sequence: tuple[Tensor, Tensor] | None = None
         """Keys ``[B, Hkv, M, D]`` and values ``[B, Hkv, M, Dv]``, while something is routed among them."""
 
@@ -105,11 +107,21 @@ class IndexStates:
         if index.state is None:
             return ctx
         ctx = replace(ctx, state=index.state)
-        if index.length < ctx.num_keys:
+        if index.length < ctx.num_keys and not self.steady:
             index.state = source.append(index.state, replace(ctx, first_new=index.length))
             index.length = ctx.num_keys
             ctx = replace(ctx, state=index.state)
         return ctx
+
+    def steady_steps(self, length: int) -> int:
+        """For how many tokens behind the first ``length`` all sources propose by positions alone; see
+        `NeighborSource.steady_steps`."""
+        if not self._indices:
+            return 0
+        return min(
+            index.source.steady_steps(index.state, length) if index.state is None or index.length == length else 0
+            for index in self._indices.values()
+        )
 
     def known(self, name: str) -> KnownTensors | None:
         """What a source keeps here and need not be checked again; ``None`` where it keeps nothing."""
@@ -144,6 +156,8 @@ class LayerCache:
     """What the sources keep."""
     config: Any
     """What `sparse_attention` made the router of."""
+    changes: int = 0
+    """How often tokens came or went."""
     _keys: GrowingTensor
     _values: GrowingTensor
     _keep: GrowingTensor | None
@@ -178,6 +192,13 @@ class LayerCache:
         """bool ``[B, length]``, True = a real key, a view; ``None`` = there is no padding."""
         return self._keep.view if self._keep is not None else None
 
+    @property
+    def rooms(self) -> tuple[Tensor, Tensor] | None:
+        """`keys` and `values` with the places behind them that are not used yet; ``None`` = there are none."""
+        if self._keys.room is None or self._values.room is None:
+            return None
+        return self._keys.room, self._values.room
+
     def _kept(self, tensor: GrowingTensor) -> Tensor:
         if tensor.room is None:
             raise CacheError("the cache is empty; append keys and values first")
@@ -186,16 +207,19 @@ class LayerCache:
     # -- change --------------------------------------------------------------------------------------------------
 
     @_outside_inference_mode
-    def append(self, k: Tensor, v: Tensor, key_keep: Tensor | None = None) -> None:
+    def append(self, k: Tensor, v: Tensor, key_keep: Tensor | None = None, *, checked: bool = False) -> None:
         """Add tokens at the end.
 
         Args:
             k: ``[B, Hkv, new, D]``. v: ``[B, Hkv, new, Dv]``. key_keep: bool ``[B or 1, new]``, False = padding.
+            checked: `check` was called with them.
 
         Raises:
             CacheError: shapes, dtypes or devices that differ from what is there, or tensors that collect gradients.
         """
-        self.check(k, v, key_keep)
+        if not checked:
+            self.check(k, v, key_keep)
+        self.changes += 1
         k, v = k.detach(), v.detach()
         if key_keep is not None and self._keep is None and not bool(key_keep.all()):
             self._keep = GrowingTensor(axis=1)
@@ -208,6 +232,12 @@ class LayerCache:
             k, v = (x.masked_fill(~kept[:, None, :, None], 0.0) for x in (k, v))
         self._keys.append(k)
         self._values.append(v)
+
+    def advance(self) -> None:
+        """Take in one token that was written into the next place of `rooms`; there is no padding."""
+        self.changes += 1
+        for tensor in (self._keys, self._values):
+            tensor.length += 1
 
     def check(self, k: Tensor, v: Tensor, key_keep: Tensor | None = None) -> None:
         """Raise what `append` would raise."""
@@ -241,6 +271,7 @@ class LayerCache:
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens and drop the newer ones."""
         _check_length(length, self.length)
+        self.changes += 1
         for tensor in self._tensors():
             tensor.crop(length)
         self.states.crop(length)
@@ -262,12 +293,14 @@ class LayerCache:
         index = index.long()
         if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < batch):
             raise CacheError(f"batch_indices must lie in [0, {batch}), got {index.tolist()}")
+        self.changes += 1
         for tensor in self._tensors():
             tensor.reorder(index)
         self.states.reorder(index)
 
     def reset(self) -> None:
         """Drop everything; the cache can serve another batch, or another layer."""
+        self.changes += 1
         self._keys, self._values = GrowingTensor(axis=2), GrowingTensor(axis=2)
         self._keep, self.states, self.config = None, IndexStates(), None
 

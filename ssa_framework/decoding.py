@@ -46,14 +46,8 @@ def attend_cached(
         CacheError: what `LayerCache.append` refuses. ConfigError: attention is not causal. ShapeError: other numbers
         of queries than keys.
     """
-    check_tensors(q, k, v)
-    if not router.layer.causal:
-        raise ConfigError("a cache needs causal attention (causal=True): its tokens cannot attend to those to come")
-    if q.shape[2] != k.shape[2]:
-        raise ShapeError(f"queries, keys and values are those of the new tokens, got {q.shape[2]} and {k.shape[2]}")
-    if torch.is_grad_enabled() and q.requires_grad:
-        raise CacheError("a cache is for inference: decode under torch.no_grad(), or pass detached queries")
-    cache.append(k, v, key_keep)
+    check_new_tokens(router, cache, q, k, v, key_keep)
+    cache.append(k, v, key_keep, checked=True)
     if not cache.length:
         return q.new_zeros((*q.shape[:3], v.shape[3])), None
     return attend_last(
@@ -67,6 +61,20 @@ def attend_cached(
         fp32_weights=fp32_weights,
         source_inputs=source_inputs,
     )
+
+
+def check_new_tokens(
+    router: Router, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None = None
+) -> None:
+    """Raise what `attend_cached` raises before anything is changed."""
+    check_tensors(q, k, v)
+    if not router.layer.causal:
+        raise ConfigError("a cache needs causal attention (causal=True): its tokens cannot attend to those to come")
+    if q.shape[2] != k.shape[2]:
+        raise ShapeError(f"queries, keys and values are those of the new tokens, got {q.shape[2]} and {k.shape[2]}")
+    if torch.is_grad_enabled() and q.requires_grad:
+        raise CacheError("a cache is for inference: decode under torch.no_grad(), or pass detached queries")
+    cache.check(k, v, key_keep)
 
 
 def attend_last(

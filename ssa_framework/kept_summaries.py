@@ -16,6 +16,9 @@ from ssa_framework.summaries import check_causal
 
 _GROUPS = 64
 
+_Seen = tuple[list[list[int]], list[list[int]]]
+"""First and one past the last summary that any query sees of each level, by batch elements."""
+
 
 class KeptSummaries:
     """Means of keys and of values, by the numbers of summaries, as far as some query has seen them.
@@ -29,7 +32,7 @@ class KeptSummaries:
         self._made: Tensor | None = None  # bool [B, C]
         self._since: Tensor | None = None  # int32 [B, C], the position of a query that has seen it, an early one
         self._columns: Tensor | None = None
-        self._seen: tuple[list[list[int]], list[list[int]]] | None = None
+        self._seen: _Seen | None = None
 
     def crop(self, length: int) -> None:
         """Forget the summaries that no query before position ``length`` has seen: others may take their place."""
@@ -64,7 +67,10 @@ class KeptSummaries:
         if self._is_stale(summaries, columns):
             self._allocate(summaries.count, columns, k, v)
         # what any query sees of each level
-        if summaries.first.shape[1] == 1:
+        seen: _Seen
+        if summaries.seen is not None:
+            seen = [list(summaries.seen[0])], [list(summaries.seen[1])]
+        elif summaries.first.shape[1] == 1:
             seen = summaries.first[:, 0].tolist(), summaries.stop[:, 0].tolist()
         else:
             seen = summaries.first.amin(1).tolist(), summaries.stop.amax(1).tolist()
@@ -95,7 +101,7 @@ class KeptSummaries:
     def _make(
         self,
         summaries: Summaries,
-        seen: tuple[list[list[int]], list[list[int]]],
+        seen: _Seen,
         source: str,
         mask: EdgeMask,
         k: Tensor,

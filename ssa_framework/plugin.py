@@ -10,9 +10,10 @@ from ssa_framework.ops.rank_clusters import KeptClusters, rank_clusters
 from ssa_framework.ops.summarize_keys import summarize_keys
 from ssa_framework.proposals import Band, Candidates, Columns, Proposal, Ranges, Spans, Summaries
 from ssa_framework.registry import Registrar
-from ssa_framework.source import LayerSpec, NeighborSource, RoutingContext
+from ssa_framework.source import ALWAYS, LayerSpec, NeighborSource, RoutingContext
 
 __all__ = [
+    "ALWAYS",
     "ENTRY_POINT_GROUP",
     "Band",
     "BudgetError",

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from ssa_framework.ops.cluster_keys.types import Clusters
 
 
+ALWAYS = 2**31
+"""More tokens than any cache holds; see `NeighborSource.steady_steps`."""
+
+
 @dataclass(frozen=True)
 class LayerSpec:
     """What a source may know of the layer it serves, at construction.
@@ -298,6 +302,15 @@ class NeighborSource(nn.Module):
     def reorder(self, state: Any, index: Tensor) -> Any:
         """The state with the batch elements ``index``, int64 ``[B']``, which may repeat. ``None``: start anew."""
         return None
+
+    def steady_steps(self, state: Any, length: int) -> int:
+        """For how many tokens behind the first ``length`` of a cache, appended one by one, nothing of what `propose`
+        returns changes but what it computes of ``ctx.positions``, on the device: a step may then be captured in a CUDA
+        graph and stand for the others. `append` is not called meanwhile, but later, for all of them at once.
+
+        ``state``: of the first ``length`` keys; ``None`` where the source keeps none. 0 = capture no step.
+        """
+        return 0
 
     @classmethod
     def option_defaults(cls) -> dict[str, Any]:

@@ -1,8 +1,18 @@
 """``global``: keys that every query attends."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from ssa_framework.plugin import Columns, ConfigError, LayerSpec, NeighborSource, Registrar, RoutingContext, hookimpl
+from ssa_framework.plugin import (
+    ALWAYS,
+    Columns,
+    ConfigError,
+    LayerSpec,
+    NeighborSource,
+    Registrar,
+    RoutingContext,
+    hookimpl,
+)
 
 
 class GlobalTokens(NeighborSource):
@@ -33,6 +43,10 @@ class GlobalTokens(NeighborSource):
         if ctx.causal:
             return Columns([i for i in self.indices if i <= last], slots=len(self.indices))
         return Columns(sorted({min(i, last) for i in self.indices}))
+
+    def steady_steps(self, state: Any, length: int) -> int:
+        ahead = [self.tokens - 1] if self.indices is None else self.indices
+        return next((0 for place in ahead if place >= length), ALWAYS)
 
 
 @hookimpl

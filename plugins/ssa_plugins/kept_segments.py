@@ -12,6 +12,9 @@ from torch import Tensor
 from ssa_framework.plugin import Clusters, KeptClusters, Proposal, Ranges, RoutingContext, Spans, Summaries
 from ssa_plugins.segments import Attend
 
+_Numbers = tuple[tuple[int, ...], tuple[int, ...]]
+"""The segments that a query sees of each level, from first to stop - 1."""
+
 Cluster = Callable[[int, Tensor, Tensor], Clusters]
 """Clusters of the segments of a level, from their keys, float32 ``[B, Hkv, M, D]``, and where they begin, int32
 ``[1, F]``."""
@@ -37,6 +40,7 @@ class KeptSegments:
         """Real keys of every batch element."""
         self.places: Tensor | None = None
         """int32 ``[B, room]``, the key at each place; ``None`` = keys stand where they are."""
+        self._last: tuple[_Numbers, torch.device, tuple[Tensor, Tensor, Tensor]] | None = None
 
     # -- keys come and go ----------------------------------------------------------------------------------------
 
@@ -105,6 +109,13 @@ class KeptSegments:
         self.places = None if self.places is None else self.places.index_select(0, index)
         self.clusters.reorder(index)
 
+    def steady_steps(self, length: int) -> int:
+        """See `NeighborSource.steady_steps`: until the next segment is full, once it has begun."""
+        segment = self.levels[0][0]
+        if self.places is not None or length < segment or length % segment == 0:
+            return 0
+        return segment - 1 - length % segment
+
     # -- queries -------------------------------------------------------------------------------------------------
 
     def propose(
@@ -116,7 +127,9 @@ class KeptSegments:
             q, keys, most, spread: as in `ssa_plugins.segments.Opened.best`.
             attend: to ``"all"`` of these keys, or to the best.
         """
-        end, own, first, stop = self._seen(ctx)
+        single = self.places is None and ctx.num_queries == 1 and ctx.mask.offset is not None
+        numbers = self._numbers(ctx.mask.offset) if single and ctx.mask.offset is not None else None
+        end, own, first, stop = self._seen(ctx) if numbers is None else self._seen_by_one(ctx, numbers)
         proposals: list[Proposal] = [self._own(own, end, attend)]
         if max(self.counts) < self.levels[0][0]:
             return proposals
@@ -125,21 +138,37 @@ class KeptSegments:
         proposals.append(Ranges(self.clusters.order, begin, close, attend=attend))
         if summaries:
             members = self.clusters.reach(ctx.num_keys)
-            proposals.append(Summaries(members, self.clusters.count, low, high, opened.numbers))
+            seen = None
+            if numbers is not None:
+                seen = self.clusters.first_slots(numbers[0]), self.clusters.first_slots(numbers[1])
+            proposals.append(Summaries(members, self.clusters.count, low, high, opened.numbers, seen=seen))
         return proposals
+
+    @property
+    def _ratios(self) -> list[int]:
+        """How many segments of each level one of the next level has."""
+        return [after // before for (before, _), (after, _) in itertools.pairwise(self.levels)]
+
+    def _numbers(self, position: int) -> _Numbers:
+        """What `_seen` finds for the query at ``position``."""
+        stops = [position // length for length, _ in self.levels]
+        firsts = [n * ratio for n, ratio in zip(stops[1:], self._ratios, strict=True)] + [0]
+        return tuple(firsts), tuple(stops)
+
+    def _seen_by_one(self, ctx: RoutingContext, numbers: _Numbers) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same for a decode step: until a segment is full, only the last place changes."""
+        if self._last is None or self._last[:2] != (numbers, ctx.device):
+            firsts, stops = numbers
+            own = torch.tensor([[stops[0] * self.levels[0][0]]], dtype=torch.int32, device=ctx.device)
+            segments = torch.tensor([[[firsts]], [[stops]]], dtype=torch.int32, device=ctx.device)
+            self._last = numbers, ctx.device, (own, segments[0], segments[1])
+        own, first, stop = self._last[2]
+        return ctx.positions + 1, own, first, stop
 
     def _seen(self, ctx: RoutingContext) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One past the last place of every query and the first of its own segment, int32 ``[B or 1, N]``, and the
         segments that it sees of each level, from first to stop - 1, ``[B or 1, N, R]``."""
-        ratios = [after // before for (before, _), (after, _) in itertools.pairwise(self.levels)]
-        if self.places is None and ctx.num_queries == 1:  # a decode step: numbers are cheaper than tensors
-            last = ctx.num_keys - 1
-            stops = [last // length for length, _ in self.levels]
-            firsts = [n * ratio for n, ratio in zip(stops[1:], ratios, strict=True)] + [0]
-            own_start = stops[0] * self.levels[0][0]
-            numbers = torch.tensor([[[last + 1]], [[own_start]]], dtype=torch.int32, device=ctx.device)
-            segments = torch.tensor([[[firsts]], [[stops]]], dtype=torch.int32, device=ctx.device)
-            return numbers[0], numbers[1], segments[0], segments[1]
+        ratios = self._ratios
         end = self._ends(ctx)
         full = [((end - 1) // length).clamp_(min=0) for length, _ in self.levels]
         above = [n * ratio for n, ratio in zip(full[1:], ratios, strict=True)]

@@ -1,6 +1,8 @@
 """``self``: every query attends its own position."""
 
-from ssa_framework.plugin import Band, NeighborSource, Registrar, RoutingContext, hookimpl
+from typing import Any
+
+from ssa_framework.plugin import ALWAYS, Band, NeighborSource, Registrar, RoutingContext, hookimpl
 
 
 class SelfEdge(NeighborSource):
@@ -12,6 +14,9 @@ class SelfEdge(NeighborSource):
 
     def propose(self, ctx: RoutingContext) -> Band:
         return Band(before=0, after=0)
+
+    def steady_steps(self, state: Any, length: int) -> int:
+        return ALWAYS
 
 
 @hookimpl

@@ -1,6 +1,17 @@
 """``window``: the keys around every query."""
 
-from ssa_framework.plugin import Band, ConfigError, LayerSpec, NeighborSource, Registrar, RoutingContext, hookimpl
+from typing import Any
+
+from ssa_framework.plugin import (
+    ALWAYS,
+    Band,
+    ConfigError,
+    LayerSpec,
+    NeighborSource,
+    Registrar,
+    RoutingContext,
+    hookimpl,
+)
 
 
 class Window(NeighborSource):
@@ -22,6 +33,9 @@ class Window(NeighborSource):
 
     def propose(self, ctx: RoutingContext) -> Band:
         return Band(before=self.size, after=self.size)
+
+    def steady_steps(self, state: Any, length: int) -> int:
+        return ALWAYS
 
 
 @hookimpl

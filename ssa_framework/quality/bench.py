@@ -339,7 +339,7 @@ class _Calls:
         return self._with_gradients(self.attend(self.build()))
 
     def dense(self) -> object:
-        return _under(self.dense_kernel, self._dense)
+        return under_kernel(self.dense_kernel, self._dense)
 
     def _dense(self) -> object:
         grouped = self.q.shape[1] != self.k.shape[1]
@@ -354,7 +354,8 @@ _CUDA_KERNELS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
 _SLOWER_CUDA_KERNELS = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)  # for what those do not serve, as float32
 
 
-def _under(kernel: SDPBackend | None, call: Callable[[], object]) -> object:
+def under_kernel(kernel: SDPBackend | None, call: Callable[[], object]) -> object:
+    """``call()`` with one of torch's kernels for dense attention; with torch's choice for ``None``."""
     if kernel is None:
         return call()
     with sdpa_kernel(kernel):
@@ -370,7 +371,7 @@ def _fastest_kernel(call: Callable[[], object], device: torch.device) -> SDPBack
         for kernel in kernels:
             with contextlib.suppress(RuntimeError), warnings.catch_warnings():  # it does not serve the call
                 warnings.simplefilter("ignore")
-                timer = Timer("run()", globals={"run": functools.partial(_under, kernel, call)})
+                timer = Timer("run()", globals={"run": functools.partial(under_kernel, kernel, call)})
                 times[kernel] = timer.timeit(1).median
         if times:
             return min(times, key=times.__getitem__)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ssa_framework.errors import BackendUnavailableError
-from ssa_framework.ops.rank_clusters import api, rank_clusters, torch_rank, triton_cuda
-from test_rank_clusters import causal_limits, check, random_clusters, random_limits, same, whole_numbers
+from ssa_framework.ops.rank_clusters import api, rank_clusters, torch_rank, triton_cuda, triton_few_call
+from test_rank_clusters import causal_limits, check, random_clusters, random_limits, rows_of, same, whole_numbers
 
 
 def agree(
@@ -69,6 +69,76 @@ def test_nothing_to_rank(queries: int, slots: int) -> None:
         **{name: getattr(clusters, name)[:, :, :slots] for name in ("start", "size", "centroids", "variances")},
     )
     agree(q, clusters, causal_limits(queries, slots), 10, 4)
+
+
+def levels_of(queries: int, slots: int, batch: int = 1, seed: int = 6) -> tuple[Tensor, Tensor]:
+    """Ranges of three parts of the numbering, some empty, and some that end beyond it."""
+    parts = torch.tensor([0, slots // 2, slots * 3 // 4, slots], dtype=torch.int32)
+    low, high = torch.rand((2, batch, queries, 3), generator=torch.Generator().manual_seed(seed))
+    low, high = (parts[:-1] + (x * (parts[1:] - parts[:-1])).int() for x in (low, high + 0.2))
+    return low, torch.minimum(high, parts[1:] + torch.tensor([0, 0, 7], dtype=torch.int32)).int()
+
+
+@pytest.mark.parametrize("programs", [1, 64], ids=["one program", "many programs"])
+@pytest.mark.parametrize(
+    ("queries", "dim", "slots", "budget", "most", "spread"),
+    [(1, 16, 150, 60, 8, 0.5), (4, 40, 33, 0, 3, 0.0), (3, 130, 90, 5000, 60, 0.5)],
+)
+def test_few_queries(
+    queries: int, dim: int, slots: int, budget: int, most: int, spread: float, programs: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(triton_few_call, "_PROGRAMS", programs)
+    monkeypatch.setattr(triton_few_call, "_CHUNK", 64)
+    q, clusters = whole_numbers(2, 4, queries, dim, seed=4), random_clusters(2, 2, slots, dim)
+    limits = levels_of(queries, slots, batch=queries % 2 + 1)
+    same(
+        triton_few_call.rank(q, clusters, limits, budget, most, spread),
+        torch_rank.rank(q, clusters, limits, budget, most, spread),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_few_queries_open_what_many_do(dtype: torch.dtype) -> None:
+    """Bit by bit the same scores, also where they are nearly equal."""
+    clusters = random_clusters(1, 2, 120, 24)
+    nearly = 1 + 1e-6 * torch.randn(1, 2, 120, 24)
+    clusters = replace(clusters, centroids=nearly, variances=nearly.abs())
+    q, limits = torch.randn(1, 4, 4, 24).to(dtype), levels_of(4, 120)
+    want = triton_cuda.rank(q, clusters, limits, 300, 12, 0.4)
+    same(triton_few_call.rank(q, clusters, limits, 300, 12, 0.4), want)
+    low, high = limits
+    one = triton_few_call.rank(q[:, :, 2:3], clusters, (low[:, 2:3], high[:, 2:3]), 300, 12, 0.4)
+    same(one, rows_of(want, slice(2, 3)))
+    same(rank_clusters(q, clusters, limits, 300, 12, 0.4, disjoint=True, backend="triton"), want)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy, about inf - inf
+def test_few_queries_and_scores_that_compare_with_nothing() -> None:
+    clusters = random_clusters(1, 1, 50, 4, high=1)
+    centroids = clusters.centroids.clone()
+    for place, value in ((7, torch.nan), (9, torch.inf), (11, -torch.inf)):
+        centroids[0, 0, place] = value
+    q = torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0], [-1, -1, -1, -1], [1, 0, 0, 0]])[None, None]
+    clusters = replace(clusters, centroids=centroids, size=torch.full_like(clusters.size, 3))
+    limits = tuple(x[..., None] for x in causal_limits(4, 50))
+    for budget, most in ((20, 16), (1000, 50)):
+        same(
+            triton_few_call.rank(q, clusters, limits, budget, most, 0.0),
+            torch_rank.rank(q, clusters, limits, budget, most, 0.0),
+        )
+
+
+@pytest.mark.parametrize(("queries", "slots"), [(0, 9), (3, 0), (1, 1)])
+def test_few_queries_with_nothing_to_rank(queries: int, slots: int) -> None:
+    q = whole_numbers(1, 2, queries, 8)
+    clusters = random_clusters(1, 1, max(1, slots), 8)
+    clusters = replace(
+        clusters,
+        **{name: getattr(clusters, name)[:, :, :slots] for name in ("start", "size", "centroids", "variances")},
+    )
+    limits = tuple(x[..., None] for x in causal_limits(queries, slots))
+    same(triton_few_call.rank(q, clusters, limits, 10, 4, 0.0), torch_rank.rank(q, clusters, limits, 10, 4, 0.0))
 
 
 def test_named_backend_serves_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:

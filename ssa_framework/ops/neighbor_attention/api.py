@@ -226,6 +226,7 @@ def _parts_in_rows(graph: NeighborGraph, k: Tensor, v: Tensor) -> list[tuple[sli
             key_segments=mask.key_segments,
             span_start=graph.spans.start if graph.spans is not None else None,
             span_end=graph.spans.end if graph.spans is not None else None,
+            positions=mask.positions,
             **_slice_parts(graph.slices),
             **summaries,
         )

@@ -46,6 +46,7 @@ class GraphParts:
         summary_first, summary_stop: int32 ``[B or 1, N, R]``: a query attends, for each of R levels, the summaries
             from ``summary_first`` to ``summary_stop - 1``; levels do not overlap
         summary_opened: int32 ``[B or 1, G or 1, N, P]``: except for these; -1 = none.
+        positions: int32 ``[B or 1, N]``: those of ``query_offset``, where they are in memory anyway.
     """
 
     band_before: int = -1
@@ -69,6 +70,7 @@ class GraphParts:
     summary_first: Tensor | None = None
     summary_stop: Tensor | None = None
     summary_opened: Tensor | None = None
+    positions: Tensor | None = None
 
     @property
     def structure(self) -> tuple[list[Tensor], int]:

@@ -106,7 +106,8 @@ def prepare_rows(q: Tensor, k: Tensor, v: Tensor, parts: GraphParts) -> Call:
     return prepare(q, k, v, parts)
 
 
-def prepare(q: Tensor, k: Tensor, v: Tensor, parts: GraphParts) -> Call:
+def prepare(q: Tensor, k: Tensor, v: Tensor, parts: GraphParts, *, rounded: bool = True) -> Call:
+    """``rounded``: summaries are needed in the dtype of the keys."""
     heads, kv_heads, keys = q.shape[1], k.shape[1], k.shape[2]
     columns = parts.columns if parts.columns is not None and parts.columns.numel() and keys else None
     both = parts.query_segments is not None and parts.key_segments is not None
@@ -136,7 +137,7 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, parts: GraphParts) -> Call:
     slices = _slices(parts, keys)
     group = heads // kv_heads
     list_heads = max((x.shape[1] for x in (neighbors, slices.start, slices.order) if x is not None), default=1)
-    seen, summary_k, summary_v = _summaries(parts, k, v, heads)
+    seen, summary_k, summary_v = _summaries(parts, k, v, heads, rounded)
     width, value_width = (max(16, next_power(x.shape[-1])) for x in (q, v))
     # three products of tf32 are as accurate as float32 (measured) and two to four times as fast as without matrix units
     exact = "tf32x3" if torch.version.hip is None else "ieee"
@@ -199,7 +200,7 @@ def _slices(parts: GraphParts, keys: int) -> Slices:
     )
 
 
-def _summaries(parts: GraphParts, k: Tensor, v: Tensor, heads: int) -> tuple[Intervals, Tensor, Tensor]:
+def _summaries(parts: GraphParts, k: Tensor, v: Tensor, heads: int, rounded: bool) -> tuple[Intervals, Tensor, Tensor]:
     """Intervals, pseudo-keys and pseudo-values; these rounded like the keys, so that matrix units multiply them."""
     weights, first, stop, opened = (
         parts.summary_log_weight, parts.summary_first, parts.summary_stop, parts.summary_opened
@@ -235,6 +236,8 @@ def _summaries(parts: GraphParts, k: Tensor, v: Tensor, heads: int) -> tuple[Int
             opened_slot=opened.stride(3),
             opened_slots=opened.shape[3],
         )
+    if not rounded:
+        return intervals, parts.summary_k, parts.summary_v
     return intervals, parts.summary_k.to(k.dtype), parts.summary_v.to(v.dtype)
 
 

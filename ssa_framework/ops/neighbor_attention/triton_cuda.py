@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ssa_framework.ops.neighbor_attention import triton_few_call
 from ssa_framework.ops.neighbor_attention.parts import GraphParts
 from ssa_framework.ops.neighbor_attention.triton_backward import (
     column_gradient_kernel,
@@ -72,6 +73,8 @@ def forward(
     fp32_weights: bool,
 ) -> tuple[Tensor, Tensor]:
     """``q [B, H, N, D]``, ``k [B, Hkv, M, D]``, ``v [B, Hkv, M, Dv]`` → ``out [B, H, N, Dv]``, ``lse [B, H, N]``."""
+    if triton_few_call.are_few(q):
+        return triton_few_call.forward(q, k, v, parts, scale=scale, fp32_weights=fp32_weights)
     call = prepare_rows(q, k, v, parts)
     batch, heads, queries, _ = q.shape
     kv_heads = k.shape[1]

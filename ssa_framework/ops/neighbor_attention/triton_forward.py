@@ -89,18 +89,21 @@ def attend_kernel(
     if slices.start is not None:
         before, after, shift, sliced = slices_of(slices, batch, list_head, row, SLICES)
         order = slices.order + batch * slices.order_batch + list_head * slices.order_head
+    position = row + fixed.offset
     if FIXED:
-        first, last = band_of(fixed, row + fixed.offset, num_keys)
+        first, last = band_of(fixed, position, num_keys)
         count = tl.maximum(last - first + 1, 0) + fixed.num_columns
         begin = tl.cdiv(count, SLOTS) * SLOTS - count
         for start in range(0, count, SLOTS):
             slots = start + tl.arange(0, SLOTS)
-            keys = fixed_keys(fixed, batch, row, first, last, slots, CAUSAL)
+            keys = fixed_keys(fixed, batch, row, position, first, last, slots, CAUSAL)
             if lists.pointer is not None:
                 keys = tl.where(slots < count, keys, listed_keys(list_start, lists, start - count, SLOTS))
             elif slices.start is not None:
                 slots -= count
-                others = sliced_keys(order, slices, fixed, batch, row, before, after, shift, slots, num_keys, CAUSAL)
+                others = sliced_keys(
+                    order, slices, fixed, batch, row, position, before, after, shift, slots, num_keys, CAUSAL
+                )
                 keys = tl.where(slots < 0, keys, others)
             m, total, acc = _attend(
                 keys, x, m, total, acc, k, v, k_start, v_start, scale,
@@ -120,10 +123,12 @@ def attend_kernel(
         if lists.pointer is not None:
             begin = 0
         slots = begin + tl.arange(0, SLOTS)
-        keys = sliced_keys(order, slices, fixed, batch, row, before, after, shift, slots, num_keys, CAUSAL)
+        keys = sliced_keys(order, slices, fixed, batch, row, position, before, after, shift, slots, num_keys, CAUSAL)
         for start in range(begin, sliced, SLOTS):
             slots = start + SLOTS + tl.arange(0, SLOTS)
-            next_keys = sliced_keys(order, slices, fixed, batch, row, before, after, shift, slots, num_keys, CAUSAL)
+            next_keys = sliced_keys(
+                order, slices, fixed, batch, row, position, before, after, shift, slots, num_keys, CAUSAL
+            )
             m, total, acc = _attend(
                 keys, x, m, total, acc, k, v, k_start, v_start, scale,
                 K_ROW, V_ROW, D, DV, W, WV, PADDED, FP32, PRECISION,

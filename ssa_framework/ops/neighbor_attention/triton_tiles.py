@@ -83,10 +83,17 @@ class Slices(NamedTuple):
 @triton.jit
 def kept(fixed, batch, keys, row, in_range):
     """bool like ``keys``: not padding, nor in another document than query ``row``, nor in its span."""
-    allowed = in_range
+    allowed = unmasked(fixed, batch, keys, row, in_range)
     if fixed.span_start is not None:
         at = batch * fixed.span_batch + row * fixed.span_row
         allowed = allowed & ((keys < tl.load(fixed.span_start + at)) | (keys >= tl.load(fixed.span_end + at)))
+    return allowed
+
+
+@triton.jit
+def unmasked(fixed, batch, keys, row, in_range):
+    """bool like ``keys``: not padding, nor in another document than query ``row``."""
+    allowed = in_range
     if fixed.keep is not None:
         keep = tl.load(fixed.keep + batch * fixed.keep_batch + keys * fixed.keep_key, mask=in_range, other=0)
         allowed = allowed & (keep != 0)
@@ -136,8 +143,9 @@ def band_of(fixed, position, num_keys):
 
 
 @triton.jit
-def fixed_keys(fixed, batch, row, first, last, slots, CAUSAL: tl.constexpr):
-    """Keys of band and columns, in this order: ``slots [S]`` → int32 ``[S]``, -1 where a slot holds no edge."""
+def fixed_keys(fixed, batch, row, position, first, last, slots, CAUSAL: tl.constexpr):
+    """Keys of band and columns of the query ``row`` at ``position``, in this order: ``slots [S]`` → int32 ``[S]``, -1
+    where a slot holds no edge."""
     width = tl.maximum(last - first + 1, 0)
     keys = first + slots
     valid = slots < width
@@ -148,7 +156,7 @@ def fixed_keys(fixed, batch, row, first, last, slots, CAUSAL: tl.constexpr):
         # those inside the band were counted there
         outside = (columns < first) | (columns > last)
         if CAUSAL:
-            outside = outside & (columns <= row + fixed.offset)
+            outside = outside & (columns <= position)
         keys = tl.where(is_column, columns, keys)
         valid = valid | (is_column & outside)
     valid = kept(fixed, batch, keys, row, valid)
@@ -187,17 +195,19 @@ def slices_of(slices, batch, head, row, PADDED: tl.constexpr):
 
 
 @triton.jit
-def sliced_keys(order, slices, fixed, batch, row, before, after, shift, slots, num_keys, CAUSAL: tl.constexpr):
+def sliced_keys(
+    order, slices, fixed, batch, row, position, before, after, shift, slots, num_keys, CAUSAL: tl.constexpr
+):  # fmt: skip
     """Keys in ``slots [S]`` of a query's slices, as `slices_of` gives them; -1 = none, or what another part has."""
     # [S, P]
     mine = (slots[:, None] >= before[None, :]) & (slots[:, None] < after[None, :])
     inside = tl.max(mine.to(tl.int32), 1) > 0
     place = slots + tl.sum(tl.where(mine, shift[None, :], 0), 1)
     keys = without_columns(fixed, tl.load(order + place * slices.order_place, mask=inside, other=-1))
-    first, last = band_of(fixed, row + fixed.offset, num_keys)
+    first, last = band_of(fixed, position, num_keys)
     allowed = (keys >= 0) & ((keys < first) | (keys > last))
     if CAUSAL:
-        allowed = allowed & (keys <= row + fixed.offset)
+        allowed = allowed & (keys <= position)
     return tl.where(kept(fixed, batch, keys, row, allowed), keys, -1)
 
 

@@ -50,6 +50,7 @@ class KeptClusters:
         self.room = [0] * len(self.levels)  # segments
         self.on_cpu, self.has_variances = device.type == "cpu", variances
         self.members = torch.full((batch, heads, len(self.levels), 0), -1, dtype=torch.int32, device=device)
+        self._limits: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # the last segments, and their slots
         self._allocate(batch, device, [_SMALLEST_ROOM] * len(self.levels))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -118,22 +119,31 @@ class KeptClusters:
         Returns:
             Them, and the ranges of slots that belong to ``first`` and ``stop``, int32 ``[B or 1, N, R]``.
         """
-        low, high = self.slots_of(first), self.slots_of(stop)
+        if self._limits is None or self._limits[0] is not first or self._limits[1] is not stop:
+            self._limits = first, stop, self.slots_of(first), self.slots_of(stop)
+        _, _, low, high = self._limits
         if self.on_cpu and q.shape[2] <= _FEW:
             return self._rank_few(q, first, stop, budget, most, spread), low, high
         variances = self.variances if self.has_variances else None
         clusters = Clusters(self.order[:, :, 0], self.start, self.size, self.centroids, variances)
-        return rank_clusters(q, clusters, (low, high), budget, most, spread), low, high
+        return rank_clusters(q, clusters, (low, high), budget, most, spread, disjoint=True), low, high
 
     def slots_of(self, segments: Tensor) -> Tensor:
         """The first slots of segments, int32 ``[.., R]``."""
         return segments * self._each + self._slot_at
+
+    def first_slots(self, segments: Sequence[int]) -> tuple[int, ...]:
+        """`slots_of` a segment of each level, in numbers."""
+        return tuple(
+            at + segment * each for at, segment, (_, each) in zip(self.slot_at, segments, self.levels, strict=True)
+        )
 
     # -- room ----------------------------------------------------------------------------------------------------
 
     def _allocate(self, batch: int, device: torch.device, room: list[int]) -> None:
         """Make room for so many segments of each level, and move what is there."""
         before = dict(vars(self)) if any(self.room) else None
+        self._limits = None
         lengths, each = [length for length, _ in self.levels], [slots for _, slots in self.levels]
         self.room, strips = room, [-(-n * c // 64) for n, c in zip(room, each, strict=True)]
         self.place_at, places = _offsets([n * c for n, c in zip(room, lengths, strict=True)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 import triton
@@ -12,6 +11,7 @@ from torch import Tensor
 from ssa_framework.ops import triton_runtime
 from ssa_framework.ops.cluster_keys.types import Clusters
 from ssa_framework.ops.rank_clusters.triton_rank import Limits, Opened, Scratch, Table, rank_kernel, split_kernel
+from ssa_framework.ops.rank_clusters.triton_tile import padded, parts_of_queries, tile_for
 from ssa_framework.ops.rank_clusters.types import OpenedClusters
 
 _MOST = 256
@@ -20,32 +20,10 @@ _MOST = 256
 _MAX_WIDTH = 256
 
 
-class Tile(NamedTuple):
-    """Queries and clusters of a tile, and how a program runs: ``programs`` of them on a multiprocessor."""
-
-    rows: int
-    clusters: int
-    warps: int
-    programs: int
-
-
-def tile_for(width: int) -> Tile:
-    """As registers allow (255 a thread)."""
-    return Tile(64, 64, 4, 2) if width <= 128 else Tile(64, 32, 4, 1)
-
-
 def _shared_memory(width: int, parts: int) -> int:
     """Bytes, about: queries in ``parts`` and their squares, three tables of a tile of clusters, and what moves."""
     tile = tile_for(width)
     return 2 * width * ((parts + 1) * tile.rows + 3 * tile.clusters) + 2 * tile.clusters**2 + 8 * 1024
-
-
-def _padded(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
-
-
-def _parts(q: Tensor) -> int:
-    return 1 if q.dtype == torch.bfloat16 else 2
 
 
 def why_not(q: Tensor, most: int) -> str | None:
@@ -59,7 +37,7 @@ def why_not(q: Tensor, most: int) -> str | None:
     if q.device.type != "cuda" and not (q.device.type == "cpu" and triton_runtime.INTERPRETED.value):
         return f"it needs CUDA tensors (or, to try it on a CPU, TRITON_INTERPRET=1), got {q.device}"
     if q.device.type == "cuda":
-        return _why_not_device(q.device, _shared_memory(_padded(q.shape[3]), _parts(q)))
+        return _why_not_device(q.device, _shared_memory(padded(q.shape[3]), parts_of_queries(q)))
     return None
 
 
@@ -87,7 +65,7 @@ def rank(
     numbers, start, end = (torch.empty(shape, dtype=torch.int32, device=q.device) for _ in range(3))
     if not numbers.numel():
         return OpenedClusters(numbers, start, end)
-    width = _padded(dim)
+    width = padded(dim)
     tile = tile_for(width)
     low, high = limits
     if low.stride() != high.stride():
@@ -107,7 +85,7 @@ def rank(
         Opened(numbers, start, end, most, min(budget, 2**31 - 1)), scratch,
         blocks, heads, kv_heads, items, queries, float(spread),
         D=dim, W=width, ROWS=tile.rows, CLUSTERS=tile.clusters, CAPACITY=capacity, KEPT=kept,
-        SORTED=min(tile.rows, 32 * 32 * tile.warps // kept), PARTS=_parts(q),
+        SORTED=min(tile.rows, 32 * 32 * tile.warps // kept), PARTS=parts_of_queries(q),
         num_warps=tile.warps, num_stages=1,
     )  # fmt: skip
     return OpenedClusters(numbers, start, end)

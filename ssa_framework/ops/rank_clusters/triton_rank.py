@@ -14,9 +14,9 @@ import triton.language as tl
 
 from ssa_framework.ops.triton_runtime import INTERPRETED, dot
 
-_LOWEST = tl.constexpr(-(2**31))
-_LOWEST_ENTRY = tl.constexpr(-(2**63))
-_LAST = tl.constexpr(2**31 - 1)
+LOWEST = tl.constexpr(-(2**31))
+LOWEST_ENTRY = tl.constexpr(-(2**63))
+LAST = tl.constexpr(2**31 - 1)
 _SIZE_BITS = tl.constexpr(255)  # of a bucket, the low ones: the size of its cluster, at most 255
 _ONE = tl.constexpr(1 << 20)  # added to a size, counts the buckets in a sum of sizes
 _STEPS = tl.constexpr(9)
@@ -65,7 +65,7 @@ class Scratch(NamedTuple):
 
 
 @triton.jit
-def _parts(x):
+def parts_of(x):
     """bfloat16 tensors whose sum is float32 ``x``, up to a 2**-17th of it."""
     high = x.to(tl.bfloat16)
     whole = high.to(tl.float32)
@@ -82,7 +82,7 @@ def split_kernel(
     dims = tl.arange(0, W)[None, :]
     some = (row < rows) & (dims < D)
     out = row * W + dims
-    first, rest = _parts(tl.load(centroids + row * D + dims, mask=some, other=0.0))
+    first, rest = parts_of(tl.load(centroids + row * D + dims, mask=some, other=0.0))
     tl.store(high + out, first, mask=row < all_rows)
     tl.store(low + out, rest, mask=row < all_rows)
     if variances is not None:
@@ -91,7 +91,7 @@ def split_kernel(
 
 
 @triton.jit
-def _limits_of(limits, index, batch, row, real, slots):
+def limits_of(limits, index, batch, row, real, slots):
     at = batch * limits.batch + row * limits.row + index * limits.range
     low = tl.maximum(tl.load(limits.low + at, mask=real, other=0), 0)
     high = tl.minimum(tl.load(limits.high + at, mask=real, other=0), slots)
@@ -99,7 +99,7 @@ def _limits_of(limits, index, batch, row, real, slots):
 
 
 @triton.jit
-def _ordered(scores):
+def ordered_as_int(scores):
     """int32 that compare as float32 ``scores`` do, -0 as 0."""
     bits = (scores + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -114,20 +114,33 @@ def _score_of(ordered):
 def _raised(bound, buckets, budget, most):
     """A higher ``bound [ROWS]`` for what ``buckets [ROWS, CLUSTERS]`` hold, by bisection; any that is enough is
     right."""
-    filled = buckets > _LOWEST + _SIZE_BITS
+    filled = buckets > LOWEST + _SIZE_BITS
     every = tl.sum(tl.where(filled, (buckets & _SIZE_BITS) + _ONE, 0), 1)
     enough = ((every & (_ONE - 1)) >= budget) | ((every >> 20) >= most)
-    lowest = tl.min(tl.where(filled, buckets, _LAST), 1)
+    lowest = tl.min(tl.where(filled, buckets, LAST), 1)
     low = _score_of(tl.where(enough, tl.maximum(lowest & ~_SIZE_BITS, bound), 0))
     high = tl.minimum(_score_of(tl.where(enough, tl.max(buckets, 1), 0)), 3e38)
     for _ in range(_STEPS):
         middle = 0.5 * low + 0.5 * high
-        at_least = _ordered(middle) & ~_SIZE_BITS
+        at_least = ordered_as_int(middle) & ~_SIZE_BITS
         here = tl.sum(tl.where(buckets >= at_least[:, None], (buckets & _SIZE_BITS) + _ONE, 0), 1)
         reached = ((here & (_ONE - 1)) >= budget) | ((here >> 20) >= most)
         low = tl.where(reached, middle, low)
         high = tl.where(reached, high, middle)
-    return tl.where(enough, tl.maximum(bound, _ordered(low) & ~_SIZE_BITS), bound)
+    return tl.where(enough, tl.maximum(bound, ordered_as_int(low) & ~_SIZE_BITS), bound)
+
+
+@triton.jit
+def score_tile(x, rest, squares, high, low, variances, CLUSTERS: tl.constexpr, PARTS: tl.constexpr):
+    """``[ROWS, CLUSTERS]`` of queries ``x + rest [ROWS, W]`` and centroids ``high + low [W, CLUSTERS]``. The same bits
+    for the same query and cluster, wherever they stand in a tile: decoding opens what prefill opens."""
+    scores = dot(x, low, tl.zeros((x.shape[0], CLUSTERS), tl.float32), "ieee")
+    if PARTS == 2:
+        more = dot(rest, high, tl.zeros((x.shape[0], CLUSTERS), tl.float32), "ieee")
+        scores += tl.where(more == more, more, 0.0)  # 0 times infinity; the product below decides
+    if variances is not None:
+        scores = dot(squares, variances, scores, "ieee")
+    return dot(x, high, scores, "ieee")
 
 
 @triton.jit
@@ -140,15 +153,10 @@ def _scores(
     # all on their way before the first is used
     low = tl.trans(tl.load(table.low + at))
     high = tl.trans(tl.load(table.high + at))
+    variances = None
     if table.variances is not None:
         variances = tl.trans(tl.load(table.variances + at))
-    scores = dot(x, low, tl.zeros((x.shape[0], CLUSTERS), tl.float32), "ieee")
-    if PARTS == 2:
-        more = dot(rest, high, tl.zeros((x.shape[0], CLUSTERS), tl.float32), "ieee")
-        scores += tl.where(more == more, more, 0.0)  # 0 times infinity; the product below decides
-    if table.variances is not None:
-        scores = dot(squares, variances, scores, "ieee")
-    return dot(x, high, scores, "ieee")
+    return score_tile(x, rest, squares, high, low, variances, CLUSTERS, PARTS)
 
 
 @triton.jit
@@ -172,7 +180,7 @@ def _kept(entries, count, least, ROWS: tl.constexpr, CAPACITY: tl.constexpr, CHU
     tl.debug_barrier()
     for first in range(0, tl.max(count, 0), CHUNK):
         slot = first + tl.arange(0, CHUNK)[None, :]
-        entry = tl.load(entries + row[:, None] + slot, mask=slot < count[:, None], other=_LOWEST_ENTRY)
+        entry = tl.load(entries + row[:, None] + slot, mask=slot < count[:, None], other=LOWEST_ENTRY)
         stays = (slot < count[:, None]) & (entry >= least[:, None])
         to = _places(stays, row + kept, CHUNK)
         tl.debug_barrier()  # a place may be one that was just read
@@ -187,18 +195,18 @@ def _most_of(entries, count, most, ROWS: tl.constexpr, CAPACITY: tl.constexpr, C
     """The entry of which ``most`` of a row are no smaller, int64 ``[ROWS]``; the lowest there is where the row has
     fewer. By bisection: this is for the few rows with many nearly equal scores."""
     row = tl.arange(0, ROWS)[:, None] * CAPACITY
-    low = tl.full((ROWS,), _LOWEST_ENTRY, tl.int64)
-    high = tl.full((ROWS,), -1, tl.int64) ^ _LOWEST_ENTRY
+    low = tl.full((ROWS,), LOWEST_ENTRY, tl.int64)
+    high = tl.full((ROWS,), -1, tl.int64) ^ LOWEST_ENTRY
     for _ in range(64):
         middle = (low & high) + ((low ^ high) >> 1)
         above = tl.zeros((ROWS,), tl.int32)
         for first in range(0, tl.max(count, 0), CHUNK):
             slot = first + tl.arange(0, CHUNK)[None, :]
-            entry = tl.load(entries + row + slot, mask=slot < count[:, None], other=_LOWEST_ENTRY)
+            entry = tl.load(entries + row + slot, mask=slot < count[:, None], other=LOWEST_ENTRY)
             above += tl.sum((entry >= middle[:, None]).to(tl.int32), 1)
         low = tl.where(above >= most, middle, low)
         high = tl.where(above >= most, high, middle)
-    return tl.where(count >= most, low, _LOWEST_ENTRY)
+    return tl.where(count >= most, low, LOWEST_ENTRY)
 
 
 @triton.jit
@@ -266,20 +274,20 @@ def rank_kernel(
         wide = x.to(tl.float32)
         rest = x
         if PARTS == 2:
-            x, rest = _parts(wide)
+            x, rest = parts_of(wide)
         squares = (spread * wide * wide).to(tl.bfloat16)
-        bound = tl.full((ROWS,), _LOWEST + 1, tl.int32)
-        buckets = tl.full((ROWS, CLUSTERS), _LOWEST, tl.int32)
+        bound = tl.full((ROWS,), LOWEST + 1, tl.int32)
+        buckets = tl.full((ROWS, CLUSTERS), LOWEST, tl.int32)
         count = tl.zeros((ROWS,), tl.int32)
         tiles = 0
         for index in range(limits.ranges):
-            low, high = _limits_of(limits, index, batch, row, real, table.slots)
+            low, high = limits_of(limits, index, batch, row, real, table.slots)
             some = high > low
-            first = tl.min(tl.where(some, low, _LAST), 0)
+            first = tl.min(tl.where(some, low, LAST), 0)
             last = tl.max(tl.where(some, high, 0), 0)
             repeats = 0
             for earlier in range(index):
-                begin, end = _limits_of(limits, earlier, batch, row, real, table.slots)
+                begin, end = limits_of(limits, earlier, batch, row, real, table.slots)
                 repeats += tl.sum((tl.maximum(begin, low) < tl.minimum(end, high)).to(tl.int32), 0)
             for start in range(first, last, CLUSTERS):
                 number = start + tl.arange(0, CLUSTERS)
@@ -289,11 +297,11 @@ def rank_kernel(
                 allowed = (number[None, :] >= low[:, None]) & (number[None, :] < high[:, None]) & (size > 0)[None, :]
                 if repeats > 0:  # what an earlier range holds has been seen
                     for earlier in range(index):
-                        begin, end = _limits_of(limits, earlier, batch, row, real, table.slots)
+                        begin, end = limits_of(limits, earlier, batch, row, real, table.slots)
                         seen = (number[None, :] >= begin[:, None]) & (number[None, :] < end[:, None])
                         allowed = allowed & (seen == 0)
                 allowed = allowed & (scores > -float("inf"))  # and no NaN
-                ordered = tl.where(allowed, _ordered(scores), _LOWEST)
+                ordered = tl.where(allowed, ordered_as_int(scores), LOWEST)
                 buckets = tl.maximum(buckets, (ordered & ~_SIZE_BITS) | tl.minimum(size, _SIZE_BITS)[None, :])
                 tiles += 1
                 if (tiles & (tiles - 1)) == 0:
@@ -315,10 +323,10 @@ def rank_kernel(
         for part in range(0, ROWS, SORTED):
             some = part + tl.arange(0, SORTED)[:, None]
             here = entries + some * CAPACITY + slot
-            best = tl.load(here, mask=slot < tl.load(counts + some), other=_LOWEST_ENTRY)
+            best = tl.load(here, mask=slot < tl.load(counts + some), other=LOWEST_ENTRY)
             best = _descending(best, KEPT)
             number = (best & 0x7FFFFFFF).to(tl.int32) ^ 0x7FFFFFFF
-            found = best > _LOWEST_ENTRY
+            found = best > LOWEST_ENTRY
             size = tl.load(sizes + number, mask=found, other=0)
             # the first that does not fit ends the row
             fits = found & (tl.cumsum(size.to(tl.int64), 1) <= opened.budget) & (slot < opened.most)

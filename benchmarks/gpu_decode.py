@@ -1,0 +1,187 @@
+"""One decode step on a cache beside one dense step, on a GPU: batch 1, 32 heads over 8 KV heads × 128, bfloat16.
+
+Run by `decode.py --device cuda`. Steps are timed one by one with events, plain and captured (`CapturedSteps`). Dense
+is the fastest of torch's kernels that serve one query. The L2 cache is overwritten before every step, sparse or
+dense, since other layers would do that. *Called*: from the first launch to the end of the last one, host included.
+*Captured*: replays of CUDA graphs, for the dense step too. A case is checked before it is timed: captured and plain
+steps against one call with all tokens, and a step at full length against the backend ``torch`` in float32.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from recall import commit
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+import ssa_framework
+from ssa_framework import LayerCache, SSAConfig
+from ssa_framework.captured import CapturedSteps
+from ssa_framework.decoding import attend_cached
+from ssa_framework.ops.neighbor_attention import neighbor_attention
+from ssa_framework.quality.bench import under_kernel
+from ssa_framework.router import Router
+
+HEADS, KV_HEADS, DIM = 32, 8, 128
+SAMPLE, STEPS, WARM_STEPS = 3000, 100, 40
+KERNELS = (
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+)
+COLUMNS = [
+    "length", "mix", "called_ms", "captured_ms", "dense_called_ms", "dense_captured_ms", "dense_kernel",
+    "speedup_called", "speedup_captured", "largest_difference", "keys_attended", "replays", "message", "device",
+    "version", "commit", "torch",
+]  # fmt: skip
+
+
+def config(sources: Mapping[str, Mapping[str, Any]]) -> SSAConfig:
+    return SSAConfig(
+        d_model=HEADS * DIM, num_heads=HEADS, num_kv_heads=KV_HEADS, num_neighbors=128, causal=True,
+        graph_heads="kv", sources=sources, dense_below=0,
+    )  # fmt: skip
+
+
+def random_tokens(length: int, seed: int) -> list[Tensor]:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    shapes = [(1, heads, length, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    return [torch.randn(s, generator=generator, device="cuda", dtype=torch.bfloat16) for s in shapes]
+
+
+def check(sources: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise where plain or captured steps give anything else than one call."""
+    tokens, router = random_tokens(SAMPLE, 0), Router(config(sources)).cuda()
+    whole, _ = attend_cached(router, LayerCache(), *tokens)
+    for captured in (False, True):
+        cache, first = LayerCache(), SAMPLE - 600
+        attend_cached(router, cache, *(x[:, :, :first] for x in tokens))
+        steps = CapturedSteps(router, cache)
+        for place in range(first, SAMPLE):
+            new = [x[:, :, place : place + 1] for x in tokens]
+            out = steps(*new) if captured else attend_cached(router, cache, *new)[0]
+            torch.testing.assert_close(out, whole[:, :, place : place + 1], rtol=2e-2, atol=1e-2)
+        if captured:
+            print(f"  {steps.captures} captures, {steps.replays} replays of 600 steps", flush=True)
+
+
+def median_ms(step: Callable[[], object], steps: int = STEPS) -> float:
+    flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    pairs = []
+    for _ in range(steps):
+        flush.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()  # the host must not run ahead, or its time would be hidden
+        begin.record()
+        step()
+        end.record()
+        pairs.append((begin, end))
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in pairs)
+
+
+def replay_of(step: Callable[[], object]) -> Callable[[], object]:
+    for _ in range(3):
+        step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def dense_times(length: int) -> Iterator[tuple[str, float, float]]:
+    """Name, milliseconds called and captured, of every kernel that serves the call."""
+    _, k, v = random_tokens(length, 1)
+    q = random_tokens(1, 3)[0]
+    for kernel in KERNELS:
+
+        def step(kernel: SDPBackend = kernel) -> object:
+            return under_kernel(kernel, lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+
+        try:
+            for _ in range(3):
+                step()
+            yield kernel.name.lower(), median_ms(step), median_ms(replay_of(step))
+        except RuntimeError as error:
+            print(f"  dense {kernel.name.lower()}: {str(error).splitlines()[0][:90]}", flush=True)
+
+
+def measure(sources: Mapping[str, Mapping[str, Any]], length: int) -> dict[str, object]:
+    router, cache = Router(config(sources)).cuda(), LayerCache()
+    _, k, v = random_tokens(length, 1)
+    cache.append(k, v)
+    tokens = iter(zip(*(x.split(1, dim=2) for x in random_tokens(4096, 2)), strict=True))
+    for _ in range(WARM_STEPS):
+        attend_cached(router, cache, *next(tokens))
+    new = next(tokens)
+    out, graph = attend_cached(router, cache, *new)
+    assert graph is not None
+    wide = [x.float() for x in (new[0], cache.keys, cache.values)]
+    exact, _ = neighbor_attention(*wide, graph, backend="torch")
+    difference = float((out.float() - exact).abs().max() / exact.abs().max())
+    del wide
+    if not difference < 2e-2:
+        raise RuntimeError(f"a step differs from the torch backend by {difference:.2g} of the largest output")
+    found: dict[str, object] = {
+        "largest_difference": f"{difference:.2g}",
+        "keys_attended": f"{float((graph.degree() + graph.summaries_per_query()).float().mean()):.0f}",
+        "called_ms": median_ms(lambda: attend_cached(router, cache, *next(tokens))),
+        "replays": 0,
+    }
+    steps = CapturedSteps(router, cache)
+    for _ in range(WARM_STEPS):
+        steps(*next(tokens))
+    before = steps.replays
+    found["captured_ms"] = median_ms(lambda: steps(*next(tokens)))
+    found["replays"] = steps.replays - before
+    return found
+
+
+def run(out: Path, mixes: Mapping[str, Mapping[str, Mapping[str, Any]]], lengths: Sequence[int]) -> None:
+    """Measure all cases and write a CSV; a case that fails says why in its row."""
+    wrong: dict[str, str] = {}
+    for mix, sources in mixes.items():
+        print(f"checking {mix}", flush=True)
+        try:
+            check(sources)
+        except Exception as error:  # noqa: BLE001  the other cases are worth measuring all the same
+            traceback.print_exc()
+            wrong[mix] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    rows = []
+    for length in lengths:
+        dense = list(dense_times(length))
+        for name, called, captured in dense:
+            print(f"{length:>8} dense {name:20} called {called:.3f} captured {captured:.3f} ms", flush=True)
+        for mix, sources in mixes.items():
+            row: dict[str, object] = dict.fromkeys(COLUMNS, "") | {
+                "length": length, "mix": mix, "dense_called_ms": min(d[1] for d in dense),
+                "dense_captured_ms": min(d[2] for d in dense), "dense_kernel": min(dense, key=lambda d: d[2])[0],
+                "device": torch.cuda.get_device_name(), "version": ssa_framework.__version__, "commit": commit(),
+                "torch": torch.__version__, "message": wrong.get(mix, ""),
+            }  # fmt: skip
+            if mix not in wrong:
+                try:
+                    row |= measure(sources, length)
+                    for kind in ("called", "captured"):
+                        ratio = float(str(row[f"dense_{kind}_ms"])) / float(str(row[f"{kind}_ms"]))
+                        row[f"speedup_{kind}"] = f"{ratio:.2f}"
+                except Exception as error:  # noqa: BLE001
+                    traceback.print_exc()
+                    row["message"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            rows.append(row)
+            print("  ".join(f"{name}={row[name]}" for name in COLUMNS[:13]), flush=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"written: {out}", flush=True)
