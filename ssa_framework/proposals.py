@@ -407,7 +407,7 @@ def _validate_summaries(
             f"M={keys}], got {list(members.shape)}"
         )
     _check_device(members, device, "Summaries.members", source)
-    _check_bounds(members, -1, count - 1, "Summaries.members", source, known)
+    _check_bounds(members, -1, count - 1, "Summaries.members", source, known, trusted)
     names = ("Summaries.first", "Summaries.stop")
     rows = (queries, members.shape[2])
     first, stop = _validate_interval(
