@@ -33,6 +33,7 @@ from ssa_framework.proposals import Band, Ranges, Spans, Summaries
 from ssa_framework.registry import default_registry
 from ssa_framework.router import Router, find_router
 from ssa_framework.router_cache import functional_router
+from ssa_framework.source import in_program
 
 _PARTS = (
     "neighbors", "columns", "span_start", "span_end", "slice_order", "slice_start", "slice_end",
@@ -303,7 +304,7 @@ def _build(
         cross = q.shape[2] != k.shape[2] and not said["causal"] and said["query_positions"] is None
     router = _router(handle, text, said, q, k)
     mask = _edge_mask(q, k, attn_mask, said)
-    with _autograd() if said["training"] else nullcontext():
+    with in_program(), _autograd() if said["training"] else nullcontext():
         if said["training"]:  # what "auto" measures, it measures with the backward pass
             q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
         graph: NeighborGraph = router(q, k, mask, cross=cross, source_inputs=said["source_inputs"])

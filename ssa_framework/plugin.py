@@ -10,7 +10,7 @@ from ssa_framework.ops.rank_clusters import KeptClusters, rank_clusters
 from ssa_framework.ops.summarize_keys import summarize_keys
 from ssa_framework.proposals import Band, Candidates, Columns, Proposal, Ranges, Spans, Summaries
 from ssa_framework.registry import Registrar
-from ssa_framework.source import ALWAYS, LayerSpec, NeighborSource, RoutingContext
+from ssa_framework.source import ALWAYS, LayerSpec, NeighborSource, RoutingContext, may_keep
 
 __all__ = [
     "ALWAYS",
@@ -41,6 +41,7 @@ __all__ = [
     "group_keys",
     "hookimpl",
     "lsh_slices",
+    "may_keep",
     "rank_clusters",
     "summarize_keys",
 ]

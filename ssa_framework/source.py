@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -21,6 +23,30 @@ if TYPE_CHECKING:
 
 ALWAYS = 2**31
 """More tokens than any cache holds; see `NeighborSource.steady_steps`."""
+
+
+_in_program: ContextVar[bool] = ContextVar("in_program", default=False)
+
+
+@contextmanager
+def in_program() -> Iterator[None]:
+    """While an op of a compiled program runs."""
+    token = _in_program.set(True)
+    try:
+        yield
+    finally:
+        _in_program.reset(token)
+
+
+def may_keep(device: torch.device) -> bool:
+    """Whether a source may keep tensors that it makes in a call for later calls.
+
+    Not while the call is traced, nor, on CUDA, while it is captured in a graph or part of a compiled program: what is
+    made there lies in memory that the graph takes back (``mode="reduce-overhead"``).
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return device.type != "cuda" or not (_in_program.get() or torch.cuda.is_current_stream_capturing())
 
 
 @dataclass(frozen=True)

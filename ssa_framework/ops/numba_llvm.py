@@ -18,7 +18,7 @@ intrinsic: Any = extending.intrinsic  # typed as if the caller passed the typing
 
 
 def _sums_in_registers() -> int:
-    features = numba.config.CPU_FEATURES  # the environment variable NUMBA_CPU_FEATURES
+    features = getattr(numba.config, "CPU_FEATURES", None)  # the environment variable NUMBA_CPU_FEATURES
     if features is None:
         features = binding.get_host_cpu_features().flatten()
     return 16 if "+avx512f" in features.split(",") else 4

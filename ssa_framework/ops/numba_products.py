@@ -7,7 +7,7 @@ Arrays are flat, positions are int64 offsets; nothing is checked. Rows and colum
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -90,7 +90,7 @@ def dot_rows(typingctx: Any, table: Any, first: Any, width: Any, rows: Any, at: 
     return vector(table, int64, int64, rows, int64, x, int64), codegen
 
 
-def _sum_each(builder: ir.IRBuilder, rows: list[Callable[[], ir.Value]]) -> ir.Value:
+def _sum_each(builder: ir.IRBuilder, rows: Sequence[Callable[[], ir.Value]]) -> ir.Value:
     """Vectors → one vector that holds the sum of each, in order: a transposition whose halves are added on the way.
 
     Each is made when it is needed: at most one for each halving waits.

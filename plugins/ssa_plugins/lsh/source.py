@@ -16,6 +16,7 @@ from ssa_framework.plugin import (
     Ranges,
     RoutingContext,
     lsh_slices,
+    may_keep,
 )
 from ssa_plugins.lsh.directions import HashName, directions, most_bits
 from ssa_plugins.lsh.kept_keys import KeptKeys
@@ -198,7 +199,7 @@ class LSH(NeighborSource):
     def _levels(self, ctx: RoutingContext) -> HashLevels:
         """Numbers of planes, which follow from lengths alone where there is neither padding nor packing: made once."""
         offset = ctx.mask.offset
-        if ctx.key_keep is not None or ctx.segments is not None or offset is None or _is_recorded(ctx.device):
+        if ctx.key_keep is not None or ctx.segments is not None or offset is None or not may_keep(ctx.device):
             return self._new_levels(ctx)
         lengths = (offset, ctx.num_queries, ctx.num_keys, ctx.causal, ctx.device)
         kept = self._kept
@@ -250,13 +251,6 @@ class LSH(NeighborSource):
         # a key stands in the orders for at least the bits of its own position; log2 may be rounded either way
         reach = (self.per_bucket * 2 ** (bits + 0.5) + 1 for bits in range(most))
         return sum(min(keys, max(math.ceil(r), self.layer.num_neighbors)) for r in reach) + keys
-
-
-def _is_recorded(device: torch.device) -> bool:
-    """Whether calls are recorded for later, so that nothing they make may be kept."""
-    if torch.compiler.is_compiling():
-        return True
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _check(name: str, value: object, low: int, high: int) -> None:
