@@ -28,7 +28,7 @@ SHARED = SSAConfig(graph_heads="kv")
 FIXED = {"self": {}, "window": {"size": 8}, "global": {"tokens": 2}}
 LEAN = SHARED.replace(sources={**FIXED, "lsh": {"rounds": 4, "candidates": 64}})
 WIDE_WINDOW = SHARED.replace(sources={**FIXED, "window": {"size": 64}, "lsh": {"rounds": 4, "candidates": 64}})
-FEW = SHARED.replace(sources={**FIXED, "lsh": {"rounds": 3, "candidates": 48}})
+FEW = SHARED.replace(sources={**FIXED, "lsh": {"rounds": 2, "candidates": 64}})
 PRESETS = {f"preset {name}": SSAConfig.preset(name, graph_heads="kv") for name in ("fast", "balanced", "quality")}
 MIXES = {"seed": SHARED, "lean": LEAN, "few": FEW, "wide": WIDE_WINDOW, **PRESETS}
 MILLION = 2**20
@@ -133,12 +133,15 @@ def main(
     out: Annotated[Path, typer.Option(help="CSV file")] = Path(__file__).parent / "results" / "gpu.csv",
     lengths: Annotated[list[int] | None, typer.Option(help="tokens")] = None,
     min_time: Annotated[float, typer.Option(help="seconds of readings per case")] = 1.0,
+    mixes: Annotated[list[str] | None, typer.Option("--mix", help="these only, and nothing but their cases")] = None,
     stop_after: Annotated[float, typer.Option(help="begin no case after so many seconds")] = 3600.0,
 ) -> None:
-    """Check and time the default sources on the GPU."""
+    """Check and time mixes on the GPU."""
     start = time.perf_counter()
     rows: list[BenchRow] = []
     for case in cases(lengths or [16384, 32768, 65536, 131072]):
+        if mixes and case.mix not in mixes:
+            continue
         torch.cuda.empty_cache()
         if time.perf_counter() - start > stop_after:
             print(
@@ -153,8 +156,9 @@ def main(
         print(describe(rows[-1]), f" [{time.perf_counter() - start:.0f} s]", flush=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         write_csv(rows, out)
-    print(captured(16384, SHARED), flush=True)
-    print(million(LEAN), flush=True)
+    if not mixes:
+        print(captured(16384, SHARED), flush=True)
+        print(million(LEAN), flush=True)
     if any(row.status != "ok" for row in rows):
         raise SystemExit(1)
 

@@ -285,6 +285,15 @@ def perplexity() -> str:
     return table(head, map(line, rows("perplexity.csv")))
 
 
+def compiled_cuda() -> str:
+    def line(r: Row) -> list[str]:
+        names = ("compile_s", "compilations", "largest_difference", "eager_ms", "compiled_ms")
+        return [r["what"], f"`{r['mix']}`", r["mode"], *(r[name] for name in names), r["cuda_graph_ms"] or "–"]
+
+    head = ["what", "mix", "mode", "compile time, s", "compilations", "largest difference", "eager, ms", "compiled, ms"]
+    return table([*head, "eager, as a replay, ms"], map(line, rows("compile_cuda.csv")))
+
+
 def compiled() -> str:
     def line(r: Row) -> list[str]:
         return [
@@ -317,6 +326,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "routing-recommended": routing_recommended,
     "cluster-levels": cluster_levels,
     "compile": compiled,
+    "compile-cuda": compiled_cuda,
     "decode": decode,
     "decode-summary": decode_summary,
     "perplexity": perplexity,

@@ -24,6 +24,8 @@ class _Capture:
 
     replay: Callable[[], object]
     inputs: tuple[Tensor, Tensor, Tensor]
+    place: Tensor
+    """int64 ``[1]``, of the next token; kept here, since the graph knows its address only."""
     out: Tensor
     left: int
     """Tokens that it may still take."""
@@ -144,7 +146,7 @@ class CapturedSteps:
         place.fill_(length)
         replay, out = _record(step, q.device)
         place.fill_(length)
-        return _Capture(replay, inputs, out, steps, self._cache.changes)
+        return _Capture(replay, inputs, place, out, steps, self._cache.changes)
 
 
 def _may_be_captured(x: Tensor) -> bool:
