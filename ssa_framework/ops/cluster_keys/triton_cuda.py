@@ -26,7 +26,7 @@ from ssa_framework.ops.cluster_keys.triton_lloyd import (
 from ssa_framework.ops.cluster_keys.triton_many import Parts, begin_kernel, mean_kernel, nearest_kernel
 from ssa_framework.ops.cluster_keys.types import Clusters, cluster_slots
 
-_MAX_CENTROIDS = 128 * 128
+_MAX_CENTROIDS = 64 * 128
 """Coordinates of the centroids of a segment, padded, that fit a program; more pass by in chunks."""
 
 _MAX_IN_CHUNKS = 1024
