@@ -62,6 +62,7 @@ class Setting:
 CROSS: dict[str, Any] = {"hash": "cross_polytope"}
 LSH: list[dict[str, Any]] = [
     *({"candidates": c} for c in (32, 64, 128, 256)),
+    *({"rounds": r, "candidates": 64} for r in (2, 4)),  # what `gpu.py` calls few and lean
     *({"candidates": c, "center": False} for c in (64, 256)),
     *({"candidates": 128, "probes": p} for p in (2, 4, 8, 16)),
     *({"candidates": 128, "probes": 4, "rounds": r} for r in (4, 12, 16)),
