@@ -302,7 +302,11 @@ def test_inductor_compiles_once_for_twenty_lengths() -> None:
 # -- what is no part of a program ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("option", [{"return_stats": True}, {"mask_mod": lambda b, h, q, k: q - k < 50}], ids=str)
+@pytest.mark.parametrize(
+    "option",
+    [{"return_stats": True}, {"mask_mod": lambda b, h, q, k: q - k < 50}],
+    ids=lambda option: next(iter(option)),
+)
 def test_what_needs_a_graph_says_so_and_works_outside(option: dict[str, Any]) -> None:
     layer = SparseAttention(config())
     (x,) = x_of(90)
