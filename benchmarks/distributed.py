@@ -173,6 +173,8 @@ def check_attention(device: torch.device) -> int:
                     for one, many in pairs:
                         one = context.shard(one, 2)
                         worst = max(worst, float((one - many).norm() / one.norm().clamp(min=1e-9)))
+                # on a GPU most of the time goes into compiling kernels, and nothing else would tell it from waiting
+                say(f"    {name}: {'causal' if causal else 'not causal'}, {'masked' if masks else 'plain'}")
         worst = largest(worst, device)
         # float32 on a GPU may be TF32, where another tiling decides other ties
         fine = worst < (1e-5 if device.type == "cpu" else 5e-3)
