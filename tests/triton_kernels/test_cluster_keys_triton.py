@@ -118,7 +118,7 @@ def test_named_backend_serves_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -
 
     assert "float64" in refused(k.double())
     wide = k.repeat(1, 1, 1, 64)
-    assert "up to 16384 coordinates of the centroids of a segment, or 1024" in refused(wide, 40)
+    assert f"up to {triton_cuda._MAX_CENTROIDS} coordinates of the centroids of a segment, or 1024" in refused(wide, 40)
     assert "centroids of up to 256 coordinates, got 40 of 512" in refused(wide, 40)
     assert "needs CUDA tensors" in refused(k.to("meta"))
     monkeypatch.setattr(api, "find_spec", lambda name: None)
