@@ -241,6 +241,25 @@ def _check_device(tensor: Tensor, device: torch.device, what: str, source: str) 
         raise ProposalError(f"source {source!r}: {what} is on {tensor.device}, the keys are on {device}")
 
 
+@dataclass(frozen=True)
+class _Call:
+    """What a source was called with: B, G, Hkv, N, M; and what of its proposals need not be looked at again."""
+
+    source: str
+    batch: int
+    graph_heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    device: torch.device
+    known: KnownTensors | None
+    trusted: bool
+
+    @property
+    def lead(self) -> tuple[tuple[str, int], tuple[str, int]]:
+        return ("B", self.batch), ("G", self.graph_heads)
+
+
 def validate_proposals(
     proposed: object,
     source: str,
@@ -264,49 +283,25 @@ def validate_proposals(
     several = list(proposed) if isinstance(proposed, (list, tuple)) else [proposed]
     if not several:
         raise ProposalError(f"source {source!r}: propose() must return at least one proposal, got an empty sequence")
-    validated = [
-        _validate(
-            proposal,
-            source,
-            batch=batch,
-            graph_heads=graph_heads,
-            kv_heads=kv_heads,
-            queries=queries,
-            keys=keys,
-            device=device,
-            known=known,
-            trusted=known is not None and known.passed and queries == 1 and device.type == "cuda",
-        )
-        for proposal in several
-    ]
+    trusted = known is not None and known.passed and queries == 1 and device.type == "cuda"
+    call = _Call(source, batch, graph_heads, kv_heads, queries, keys, device, known, trusted)
+    validated = [_validate(proposal, call) for proposal in several]
     if known is not None:
         known.passed = True
     return validated
 
 
-def _validate(
-    proposal: object,
-    source: str,
-    *,
-    batch: int,
-    graph_heads: int,
-    kv_heads: int,
-    queries: int,
-    keys: int,
-    device: torch.device,
-    known: KnownTensors | None,
-    trusted: bool,
-) -> Proposal:
+def _validate(proposal: object, call: _Call) -> Proposal:
+    source = call.source
     if isinstance(proposal, Band):
         return proposal
     if isinstance(proposal, Columns):
-        return _validate_columns(proposal, source, keys=keys, device=device)
-    lead = (("B", batch), ("G", graph_heads))
+        return _validate_columns(proposal, call)
     if isinstance(proposal, Candidates):
         indices = _check_integer(proposal.indices, "Candidates.indices", source)
-        _check_shape(indices, (*lead, ("N", queries), ("C", None)), "Candidates.indices", source)
-        _check_device(indices, device, "Candidates.indices", source)
-        _check_bounds(indices, -1, keys - 1, "Candidates.indices", source, trusted=trusted)
+        _check_shape(indices, (*call.lead, ("N", call.queries), ("C", None)), "Candidates.indices", source)
+        _check_device(indices, call.device, "Candidates.indices", source)
+        _check_bounds(indices, -1, call.keys - 1, "Candidates.indices", source, trusted=call.trusted)
         scores = proposal.scores
         if scores is not None and (scores.shape != indices.shape or not scores.is_floating_point()):
             raise ProposalError(
@@ -315,41 +310,13 @@ def _validate(
             )
         return Candidates(indices.to(torch.int32), scores, proposal.guaranteed, proposal.keys_scored)
     if isinstance(proposal, Ranges):
-        return _validate_ranges(
-            proposal,
-            source,
-            lead=lead,
-            kv_heads=kv_heads,
-            queries=queries,
-            keys=keys,
-            device=device,
-            known=known,
-            trusted=trusted,
-        )
+        return _validate_ranges(proposal, call)
     if isinstance(proposal, Spans):
-        start, end = _validate_interval(
-            (proposal.start, proposal.end),
-            ("Spans.start", "Spans.end"),
-            keys,
-            source,
-            lead[0],
-            (queries,),
-            device,
-            trusted,
-        )
+        bounds, names = (proposal.start, proposal.end), ("Spans.start", "Spans.end")
+        start, end = _validate_interval(bounds, names, call.keys, (call.queries,), call)
         return Spans(start, end)
     if isinstance(proposal, Summaries):
-        return _validate_summaries(
-            proposal,
-            source,
-            lead=lead,
-            kv_heads=kv_heads,
-            queries=queries,
-            keys=keys,
-            device=device,
-            known=known,
-            trusted=trusted,
-        )
+        return _validate_summaries(proposal, call)
     raise ProposalError(
         f"source {source!r}: propose() must return Band, Columns, Spans, Candidates, Ranges or Summaries, or several "
         f"of them, got {type(proposal).__name__}"
@@ -357,73 +324,56 @@ def _validate(
 
 
 def _validate_interval(
-    bounds: tuple[Tensor, Tensor],
-    names: tuple[str, str],
-    high: int,
-    source: str,
-    batch: tuple[str, int],
-    rows: tuple[int, ...],
-    device: torch.device,
-    trusted: bool,
+    bounds: tuple[Tensor, Tensor], names: tuple[str, str], high: int, rows: tuple[int, ...], call: _Call
 ) -> tuple[Tensor, Tensor]:
     """First and one past the last, ``[B or 1, *rows]``."""
+    source, batch = call.source, call.batch
     for bound, name in zip(bounds, names, strict=True):
         _check_integer(bound, name, source)
-        if bound.dim() != 1 + len(rows) or bound.shape[0] not in (1, batch[1]) or tuple(bound.shape[1:]) != rows:
+        if bound.dim() != 1 + len(rows) or bound.shape[0] not in (1, batch) or tuple(bound.shape[1:]) != rows:
             wanted = ", ".join(str(size) for size in rows)
             raise ProposalError(
-                f"source {source!r}: {name} must have shape [B={batch[1]} or 1, {wanted}], got {list(bound.shape)}"
+                f"source {source!r}: {name} must have shape [B={batch} or 1, {wanted}], got {list(bound.shape)}"
             )
-        _check_device(bound, device, name, source)
-        _check_bounds(bound, 0, high, name, source, trusted=trusted)
+        _check_device(bound, call.device, name, source)
+        _check_bounds(bound, 0, high, name, source, trusted=call.trusted)
     first, last = bounds
     if first.shape != last.shape:
         first, last = torch.broadcast_tensors(first, last)
-    if not trusted:
+    if not call.trusted:
         require((first <= last).all(), lambda: f"source {source!r}: {names[0]} must not exceed {names[1]}")
     return first.to(torch.int32), last.to(torch.int32)
 
 
-def _validate_summaries(
-    summaries: Summaries,
-    source: str,
-    *,
-    lead: tuple[tuple[str, int], tuple[str, int]],
-    kv_heads: int,
-    queries: int,
-    keys: int,
-    device: torch.device,
-    known: KnownTensors | None,
-    trusted: bool,
-) -> Summaries:
+def _validate_summaries(summaries: Summaries, call: _Call) -> Summaries:
+    source = call.source
     count = summaries.count
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
         raise ProposalError(f"source {source!r}: Summaries.count must be an integer >= 0, got {count!r}")
     members = _check_integer(summaries.members, "Summaries.members", source)
-    fits = members.dim() == 4 and members.shape[0] in (1, lead[0][1]) and members.shape[1] in (1, kv_heads)
-    if not fits or members.shape[3] != keys:
+    fits = members.dim() == 4 and members.shape[0] in (1, call.batch) and members.shape[1] in (1, call.kv_heads)
+    if not fits or members.shape[3] != call.keys:
         raise ProposalError(
-            f"source {source!r}: Summaries.members must have shape [B={lead[0][1]} or 1, Hkv={kv_heads} or 1, R, "
-            f"M={keys}], got {list(members.shape)}"
+            f"source {source!r}: Summaries.members must have shape [B={call.batch} or 1, Hkv={call.kv_heads} or 1, R, "
+            f"M={call.keys}], got {list(members.shape)}"
         )
-    _check_device(members, device, "Summaries.members", source)
-    _check_bounds(members, -1, count - 1, "Summaries.members", source, known, trusted)
+    _check_device(members, call.device, "Summaries.members", source)
+    _check_bounds(members, -1, count - 1, "Summaries.members", source, call.known, call.trusted)
     names = ("Summaries.first", "Summaries.stop")
-    rows = (queries, members.shape[2])
-    first, stop = _validate_interval(
-        (summaries.first, summaries.stop), names, count, source, lead[0], rows, device, trusted
-    )
+    rows = (call.queries, members.shape[2])
+    first, stop = _validate_interval((summaries.first, summaries.stop), names, count, rows, call)
     opened = summaries.opened
     if opened is not None:
         _check_integer(opened, "Summaries.opened", source)
-        _check_shape(opened, (*lead, ("N", queries), ("P", None)), "Summaries.opened", source)
-        _check_device(opened, device, "Summaries.opened", source)
-        _check_bounds(opened, -1, count - 1, "Summaries.opened", source, trusted=trusted)
+        _check_shape(opened, (*call.lead, ("N", call.queries), ("P", None)), "Summaries.opened", source)
+        _check_device(opened, call.device, "Summaries.opened", source)
+        _check_bounds(opened, -1, count - 1, "Summaries.opened", source, trusted=call.trusted)
         opened = opened.to(torch.int32)
     return Summaries(members.to(torch.int32), count, first, stop, opened, seen=summaries.seen)
 
 
-def _validate_columns(columns: Columns, source: str, *, keys: int, device: torch.device) -> Columns:
+def _validate_columns(columns: Columns, call: _Call) -> Columns:
+    source, keys = call.source, call.keys
     positions = columns.positions
     if isinstance(positions, Tensor):
         _check_integer(positions, "Columns.positions", source)
@@ -431,7 +381,7 @@ def _validate_columns(columns: Columns, source: str, *, keys: int, device: torch
             raise ProposalError(
                 f"source {source!r}: Columns.positions must have shape [C], got {list(positions.shape)}"
             )
-        _check_device(positions, device, "Columns.positions", source)
+        _check_device(positions, call.device, "Columns.positions", source)
         _check_bounds(positions, 0, keys - 1, "Columns.positions", source)
         return Columns(positions.to(torch.int32), columns.slots)
     wrong = [p for p in positions if isinstance(p, bool) or not isinstance(p, int) or not 0 <= p < keys]
@@ -461,31 +411,21 @@ def unite_columns(proposed: Sequence[Columns], device: torch.device) -> Tensor |
     return torch.cat(tensors).unique()
 
 
-def _validate_ranges(
-    ranges: Ranges,
-    source: str,
-    *,
-    lead: tuple[tuple[str, int], tuple[str, int]],
-    kv_heads: int,
-    queries: int,
-    keys: int,
-    device: torch.device,
-    known: KnownTensors | None,
-    trusted: bool,
-) -> Ranges:
+def _validate_ranges(ranges: Ranges, call: _Call) -> Ranges:
+    source = call.source
     if ranges.attend not in ("topk", "all"):
         raise ProposalError(f"source {source!r}: Ranges.attend must be 'topk' or 'all', got {ranges.attend!r}")
     if ranges.limit is not None and ranges.limit < 1:
         raise ProposalError(f"source {source!r}: Ranges.limit must be >= 1 or None, got {ranges.limit}")
     if (ranges.start is None) != (ranges.end is None):
         raise ProposalError(f"source {source!r}: Ranges.start and Ranges.end must both be given, or both be None")
-    order, orders, length = ranges.order, 1, keys
+    order, orders, length = ranges.order, 1, call.keys
     if order is not None:
         order = _check_integer(order, "Ranges.order", source)
-        heads = ("Hkv", kv_heads) if order.dim() == 4 and order.shape[1] == kv_heads else lead[1]
-        _check_shape(order, (lead[0], heads, ("S", None), ("L", None)), "Ranges.order", source)
-        _check_device(order, device, "Ranges.order", source)
-        _check_bounds(order, 0, keys - 1, "Ranges.order", source, known)
+        heads = ("Hkv", call.kv_heads) if order.dim() == 4 and order.shape[1] == call.kv_heads else call.lead[1]
+        _check_shape(order, (call.lead[0], heads, ("S", None), ("L", None)), "Ranges.order", source)
+        _check_device(order, call.device, "Ranges.order", source)
+        _check_bounds(order, 0, call.keys - 1, "Ranges.order", source, call.known)
         order = order.to(torch.int32)
         orders, length = order.shape[2], order.shape[3]
     if ranges.start is None or ranges.end is None:
@@ -494,17 +434,17 @@ def _validate_ranges(
     end = _check_integer(ranges.end, "Ranges.end", source)
     for name, tensor in (("start", start), ("end", end)):
         what = f"Ranges.{name}"
-        _check_shape(tensor, (*lead, ("N", queries), ("S", None), ("P", None)), what, source)
+        _check_shape(tensor, (*call.lead, ("N", call.queries), ("S", None), ("P", None)), what, source)
         if tensor.shape[3] != orders:
             raise ProposalError(
                 f"source {source!r}: {what} has {tensor.shape[3]} orders in dimension 3, Ranges.order has {orders}"
             )
-        _check_device(tensor, device, what, source)
-        _check_bounds(tensor, 0, length, what, source, trusted=trusted)
+        _check_device(tensor, call.device, what, source)
+        _check_bounds(tensor, 0, length, what, source, trusted=call.trusted)
     if start.shape != end.shape:
         raise ProposalError(
             f"source {source!r}: Ranges.start {list(start.shape)} and Ranges.end {list(end.shape)} differ in shape"
         )
-    if not trusted:
+    if not call.trusted:
         require((start <= end).all(), lambda: f"source {source!r}: Ranges.start must not exceed Ranges.end")
     return Ranges(order, start.to(torch.int32), end.to(torch.int32), ranges.attend, ranges.limit)

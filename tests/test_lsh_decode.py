@@ -18,6 +18,7 @@ from ssa_framework.ops.lsh_slices import KeptHashes
 from ssa_framework.router import Router
 from ssa_plugins.lsh import LSH, num_planes
 from ssa_plugins.lsh.directions import directions
+from test_lsh_slices import members
 
 LENGTH, HEADS, KV_HEADS, DIM = 300, 4, 2, 16
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -229,13 +230,3 @@ def test_torch_equals_numba(family: Any, center: bool, sizes: None) -> None:
             )
         )
     assert members(*found[0]) == members(*found[1])
-
-
-def members(order: Tensor, start: Tensor, end: Tensor) -> list[list[int]]:
-    order = order.repeat_interleave(start.shape[1] // order.shape[1], dim=1)
-    found = []
-    for orders, starts, ends in zip(*(x.flatten(0, 1).tolist() for x in (order, start, end)), strict=True):
-        for query_starts, query_ends in zip(starts, ends, strict=True):
-            for s, bounds in enumerate(zip(query_starts, query_ends, strict=True)):
-                found += [orders[s][low:high] for low, high in zip(*bounds, strict=True)]
-    return found

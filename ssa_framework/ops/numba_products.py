@@ -33,7 +33,7 @@ from ssa_framework.ops.numba_runtime import device_function
 from ssa_framework.ops.numba_vectors import lanes
 
 _USUAL_WIDTH = 64
-_ROWS_AT_ONCE = SUMS // 2 if SUMS > 8 else SUMS  # sums and row pointers that fit the registers
+_ROWS_AT_ONCE = min(8, SUMS)  # sums and row pointers that fit the registers
 
 
 @intrinsic

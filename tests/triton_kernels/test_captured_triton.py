@@ -54,8 +54,12 @@ def both(layer: Router, given: list[Tensor], first: int, changes: dict[int, int]
     while place < given[0].shape[2]:
         new = [x[:, :, place : place + 1] for x in given]
         want, _ = attend_cached(other, plain, *new)
+        before = steps.replays
         torch.testing.assert_close(steps(*new), want, rtol=1e-6, atol=1e-6)
         place += 1
+        if steps.replays > before:  # a graph knows addresses only: what it counts in must be held
+            assert steps._capture is not None
+            assert steps._capture.place.tolist() == [place]
         back = changes.pop(place, None)
         if back is not None:
             plain.crop(back)

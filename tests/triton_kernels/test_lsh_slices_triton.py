@@ -13,23 +13,9 @@ from ssa_framework.masks import make_edge_mask
 from ssa_framework.ops.lsh_slices import HashLevels, lsh_slices, triton_cuda
 from ssa_framework.source import LayerSpec, RoutingContext
 from ssa_plugins.lsh import LSH
+from test_lsh_slices import members, whole_numbers
 
 FAMILIES = ["hyperplane", "cross_polytope"]
-
-
-def whole_numbers(*shape: int, seed: int = 0, high: int = 40) -> Tensor:
-    return torch.randint(-high, high + 1, shape, generator=torch.Generator().manual_seed(seed)).float()
-
-
-def members(order: Tensor, start: Tensor, end: Tensor) -> list[list[int]]:
-    """The keys of every slice, slice by slice: ``order [B, Hkv, S, L]``, bounds ``[B, G, N, S, P]``."""
-    order = order.repeat_interleave(start.shape[1] // order.shape[1], dim=1)
-    found = []
-    for orders, starts, ends in zip(*(x.flatten(0, 1).tolist() for x in (order, start, end)), strict=True):
-        for query_starts, query_ends in zip(starts, ends, strict=True):
-            for s, bounds in enumerate(zip(query_starts, query_ends, strict=True)):
-                found += [orders[s][low:high] for low, high in zip(*bounds, strict=True)]
-    return found
 
 
 def levels_of(
