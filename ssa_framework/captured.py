@@ -11,6 +11,7 @@ from torch import Tensor
 from ssa_framework.cache import LayerCache
 from ssa_framework.decoding import attend_cached, check_new_tokens
 from ssa_framework.masks import EdgeMask
+from ssa_framework.ops.append_token import TokenPlace, append_token
 from ssa_framework.ops.neighbor_attention import neighbor_attention
 from ssa_framework.router import Router
 
@@ -20,17 +21,28 @@ _WORTH = 8
 
 @dataclass
 class _Capture:
-    """A captured step, which reads the new token from ``inputs`` and leaves its output in ``out``."""
+    """A captured step, which reads the new token from ``place`` and leaves its output in ``out``."""
 
     replay: Callable[[], object]
-    inputs: tuple[Tensor, Tensor, Tensor]
-    place: Tensor
-    """int64 ``[1]``, of the next token; kept here, since the graph knows its address only."""
+    append: Callable[[TokenPlace, Tensor, Tensor, Tensor, int], None]
+    place: TokenPlace
     out: Tensor
+    signature: tuple[object, ...]
+    """Of the tokens that it takes."""
     left: int
     """Tokens that it may still take."""
     changes: int
     """Of the cache after the last token; see `LayerCache.changes`."""
+
+    def serves(self, changes: int, q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Whether it may take this token; then the token passes all checks, as the first one did."""
+        return self.left > 0 and self.changes == changes and self.signature == _signature(q, k, v)
+
+
+def _signature(q: Tensor, k: Tensor, v: Tensor) -> tuple[object, ...]:
+    """What `check_new_tokens` looks at."""
+    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, gradients
 
 
 class CapturedSteps:
@@ -72,31 +84,27 @@ class CapturedSteps:
         Raises:
             CacheError, ConfigError, ShapeError: see `attend_cached`.
         """
-        check_new_tokens(self._router, self._cache, q, k, v)
-        with torch.inference_mode(False), torch.no_grad():
-            capture = self._valid_capture(q, k, v)
-            if capture is None:
-                self._capture = None
-                steps = self._steady_steps(q)
-                if steps >= _WORTH:
-                    capture = self._capture = self._captured(q, k, v, steps)
-                    self.captures += 1
-            if capture is not None:
-                for kept, new in zip(capture.inputs, (q, k, v), strict=True):
-                    kept.copy_(new)
-                capture.replay()
-                self._cache.advance()
-                capture.left, capture.changes = capture.left - 1, self._cache.changes
-                self.replays += 1
-                return capture.out.clone()
-        return attend_cached(self._router, self._cache, q, k, v, scale=self._scale, fp32_weights=self._fp32_weights)[0]
+        capture, cache = self._capture, self._cache
+        if capture is None or not capture.serves(cache.changes, q, k, v):
+            check_new_tokens(self._router, cache, q, k, v)
+            with torch.inference_mode(False), torch.no_grad():
+                capture = self._capture = self._new_capture(q, k, v)
+        if capture is None:
+            return attend_cached(self._router, cache, q, k, v, scale=self._scale, fp32_weights=self._fp32_weights)[0]
+        # the device begins as soon as it can; what the host has to note can wait
+        capture.append(capture.place, q, k, v, cache.length)
+        capture.replay()
+        cache.advance()
+        capture.left, capture.changes = capture.left - 1, cache.changes
+        self.replays += 1
+        return capture.out.clone()
 
-    def _valid_capture(self, q: Tensor, k: Tensor, v: Tensor) -> _Capture | None:
-        capture = self._capture
-        if capture is None or capture.left < 1 or capture.changes != self._cache.changes:
+    def _new_capture(self, q: Tensor, k: Tensor, v: Tensor) -> _Capture | None:
+        steps = self._steady_steps(q)
+        if steps < _WORTH:
             return None
-        same = all(a.shape == b.shape for a, b in zip(capture.inputs, (q, k, v), strict=True))
-        return capture if same else None
+        self.captures += 1
+        return self._captured(q, k, v, steps)
 
     def _steady_steps(self, q: Tensor) -> int:
         """How many tokens a capture of the next step would serve."""
@@ -116,21 +124,20 @@ class CapturedSteps:
         assert rooms is not None
         keys, values = rooms
         length = self._cache.length
-        inputs = q.clone(), k.clone(), v.clone()
-        place = torch.full((1,), length, dtype=torch.int64, device=q.device)
+        position = torch.full((1, 1), length, dtype=torch.int32, device=q.device)
+        place = TokenPlace(torch.empty_like(q, memory_format=torch.contiguous_format), position, keys, values)
+        append = append_token(place)
 
         def step() -> Tensor:
-            keys.index_copy_(2, place, inputs[1])
-            values.index_copy_(2, place, inputs[2])
             # all of the room is there, but no place behind the query is ever attended
-            mask = EdgeMask(causal=True, positions=place.int()[None], offset=length)
+            mask = EdgeMask(causal=True, positions=position, offset=length)
             states.sequence, states.steady = (keys, values), True
             try:
-                graph = router.route(inputs[0], keys, mask, cross=False, cache=states)
+                graph = router.route(place.q, keys, mask, cross=False, cache=states)
             finally:
                 states.sequence, states.steady = None, False
             out, _ = neighbor_attention(
-                inputs[0],
+                place.q,
                 keys,
                 values,
                 graph,
@@ -139,14 +146,12 @@ class CapturedSteps:
                 backend=router.backend,
                 zero_padding=True,
             )
-            place.add_(1)
             return out
 
+        append(place, q, k, v, length)
         step()  # compiles kernels, and makes what is kept
-        place.fill_(length)
         replay, out = _record(step, q.device)
-        place.fill_(length)
-        return _Capture(replay, inputs, place, out, steps, self._cache.changes)
+        return _Capture(replay, append, place, out, _signature(q, k, v), steps, self._cache.changes)
 
 
 def _may_be_captured(x: Tensor) -> bool:

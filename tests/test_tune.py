@@ -20,17 +20,15 @@ from ssa_framework.errors import ConfigError
 from ssa_framework.integrations.transformers import use_sparse_attention
 from ssa_framework.laboratory.capture import LayerTensors, capture_layers
 from ssa_framework.laboratory.compare import measure_layer
+from ssa_framework.laboratory.figures import figures_of
+from ssa_framework.laboratory.hull import HullPath, Point, lower_hull
 from ssa_framework.laboratory.perplexity import perplexity
 from ssa_framework.laboratory.routing import MixRouter, sample_queries
 from ssa_framework.laboratory.tune import (
     DENSE,
     Change,
-    HullPath,
-    Point,
     Target,
     default_candidates,
-    figures_of,
-    lower_hull,
     tune,
     with_budgets,
 )

@@ -16,10 +16,8 @@ Cost is the number of keys that a query looks at, scored or attended, and summar
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
-import os
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,13 +31,14 @@ from torch import Tensor
 
 from ssa_framework.config import SSAConfig
 from ssa_framework.errors import ConfigError
-from ssa_framework.graph import NeighborGraph
 from ssa_framework.laboratory.capture import LayerTensors, capture_layers, choose_layers
+from ssa_framework.laboratory.figures import figures_of
+from ssa_framework.laboratory.hull import HullPath, Point, lower_hull
 from ssa_framework.laboratory.perplexity import token_losses
 from ssa_framework.laboratory.routing import MixRouter, sample_queries
+from ssa_framework.laboratory.store import Store
 from ssa_framework.presets import LEADING_TOKENS, PRESETS
 from ssa_framework.quality.bench import environment
-from ssa_framework.quality.rows import DenseRows, SummaryMeans, row_chunks
 from ssa_framework.registry import SourceRegistry
 
 DENSE = "dense"
@@ -115,22 +114,6 @@ def with_budgets(mixes: Mapping[str, SSAConfig], budgets: Sequence[int] = BUDGET
         for name, config in mixes.items()
         for budget in budgets
     }
-
-
-@dataclass(frozen=True)
-class Point:
-    """One candidate in one layer; means over the sampled queries of all texts.
-
-    Attributes:
-        cost: keys that a query looks at: scored, or attended without being scored, and summaries.
-        output_error: ``‖o_sparse − o_dense‖ / ‖o_dense‖`` of a query.
-        damage: what the search adds up over layers: for a target in perplexity the square of the relative error of
-            all outputs at once, times the sensitivity of the layer, in nats per token; else ``output_error``.
-    """
-
-    cost: float
-    output_error: float
-    damage: float
 
 
 @dataclass(frozen=True)
@@ -272,7 +255,7 @@ def tune(
         trials=trials,
         seed=seed,
         registry=registry,
-        store=_Store(state),
+        store=Store(state),
         on_stage=on_stage or (lambda stage, done, total: None),
     )
     return search.run(model_name or type(model).__name__)
@@ -281,105 +264,6 @@ def tune(
 def preset_references() -> dict[str, SSAConfig]:
     """The presets, in every layer, also where dense attention would be faster."""
     return {name: SSAConfig.preset(name, dense_below=0) for name in PRESETS}
-
-
-# -- steps along hulls -----------------------------------------------------------------------------------------------
-
-
-def lower_hull(points: Mapping[str, Point]) -> list[str]:
-    """The candidates that no mixture of others beats in both cost and damage, by rising cost."""
-    hull: list[str] = []
-    for name in sorted(points, key=lambda n: (points[n].cost, points[n].damage, n)):
-        here = points[name]
-        if hull and here.damage >= points[hull[-1]].damage:
-            continue
-        while len(hull) > 1 and _rate(points, hull[-2], hull[-1]) <= _rate(points, hull[-1], name):
-            hull.pop()
-        while hull and points[hull[-1]].cost >= here.cost:
-            hull.pop()
-        hull.append(name)
-    return hull
-
-
-def _rate(points: Mapping[str, Point], before: str, after: str) -> float:
-    """Damage avoided per key."""
-    cost = points[after].cost - points[before].cost
-    return (points[before].damage - points[after].damage) / cost if cost > 0 else float("inf")
-
-
-@dataclass(frozen=True)
-class HullPath:
-    """Configurations of a model by rising cost: the first steps of ``steps``, from ``start`` on."""
-
-    start: Mapping[int, str]
-    steps: Sequence[tuple[int, str]]
-    points: Mapping[int, Mapping[str, Point]]
-
-    @classmethod
-    def of(cls, points: Mapping[int, Mapping[str, Point]]) -> HullPath:
-        hulls = {layer: lower_hull(of_layer) for layer, of_layer in points.items()}
-        moves = [
-            (-_rate(points[layer], before, after), layer, place, after)
-            for layer, hull in hulls.items()
-            for place, (before, after) in enumerate(itertools.pairwise(hull))
-        ]
-        return cls({layer: hull[0] for layer, hull in hulls.items()}, [(m[1], m[3]) for m in sorted(moves)], points)
-
-    def __len__(self) -> int:
-        return len(self.steps) + 1
-
-    def choice(self, steps: int) -> dict[int, str]:
-        return {**self.start, **dict(self.steps[:steps])}
-
-    def mean(self, steps: int, figure: str) -> float:
-        chosen = self.choice(steps)
-        return sum(getattr(self.points[layer][name], figure) for layer, name in chosen.items()) / len(chosen)
-
-    def damage(self, steps: int) -> float:
-        """Summed over layers."""
-        return self.mean(steps, "damage") * len(self.start)
-
-
-# -- what is kept on disk --------------------------------------------------------------------------------------------
-
-
-class _Store:
-    """What was measured, by name, in a JSON file that is replaced at once after every entry."""
-
-    def __init__(self, path: str | Path | None) -> None:
-        self.path = None if path is None else Path(path)
-        self.values: dict[str, Any] = {}
-        if self.path is not None and self.path.is_file():
-            try:
-                self.values = dict(json.loads(self.path.read_text(encoding="utf-8")))
-            except ValueError as error:
-                raise ConfigError(f"{self.path} is no state of a search: {error}; remove it to begin anew") from error
-
-    def belongs_to(self, run: Mapping[str, Any]) -> None:
-        wanted = json.loads(json.dumps(run))
-        held = self.values.setdefault("run", wanted)
-        if held != wanted:
-            different = [name for name in wanted if held.get(name) != wanted[name]]
-            raise ConfigError(
-                f"{self.path} holds what a search with another {', '.join(different)} measured; remove it, or keep the "
-                f"state in another file"
-            )
-
-    def get(self, name: str, measure: Callable[[], Any]) -> Any:
-        if name not in self.values:
-            started = time.perf_counter()
-            value = measure()
-            self.put(name, value, time.perf_counter() - started)
-        return self.values[name]
-
-    def put(self, name: str, value: Any, seconds: float) -> None:
-        self.values[name] = value
-        self.values["seconds"] = round(self.values.get("seconds", 0.0) + seconds, 3)
-        if self.path is not None:
-            beside = self.path.with_name(self.path.name + ".part")
-            beside.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_text(json.dumps(self.values) + "\n", encoding="utf-8")
-            os.replace(beside, self.path)
 
 
 # -- the search ------------------------------------------------------------------------------------------------------
@@ -397,7 +281,7 @@ class _Search:
     trials: int
     seed: int
     registry: SourceRegistry | None
-    store: _Store
+    store: Store
     on_stage: Callable[[str, int, int], object]
     done: int = 0
 
@@ -703,49 +587,6 @@ class _Search:
         held_out = self.changes(self.held_out, config, name)[0] if self.held_out else {}
         meets = together.upper <= self.target.limit
         return Trial(name, _number(cost), _number(error), meets, by_text, together, held_out)
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Of a graph of some queries of a layer, as `measure` defines them: keys that a query looks at, and summaries;
-    ``output_error``; the square of ``output_error_total``; and allowed keys."""
-
-    cost: float
-    error: float
-    squared: float
-    allowed: float
-
-
-@torch.no_grad()
-def figures_of(layer: LayerTensors, rows: Tensor, graphs: Mapping[str, NeighborGraph]) -> dict[str, Figures]:
-    """What `measure` says of the graphs of the queries ``rows``, as far as a search needs it, which is a fraction of
-    the work."""
-    query, chunks = layer.q[:, :, rows], list(row_chunks(layer.q[:, :, rows], layer.k))
-    means = {name: SummaryMeans.of(layer.k, layer.v, graph) for name, graph in graphs.items()}
-    kept: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in graphs}
-    of_dense = []
-    for chunk in chunks:
-        some = query[:, :, chunk]
-        pieces = {name: graph.pick(chunk) for name, graph in graphs.items()}
-        dense = DenseRows.of(some, layer.k, layer.v, next(iter(pieces.values())).mask, layer.scale)
-        size = dense.out.norm(dim=-1)
-        of_dense.append((size, dense.allowed))
-        for name, piece in pieces.items():
-            mean = means[name]
-            out, degree, summaries = dense.output_over(piece, None if mean is None else mean.rows(some, layer.scale))
-            apart = (out - dense.out).norm(dim=-1)
-            kept[name].append((apart, torch.where(apart == 0, 0.0, apart / size), degree, summaries))
-    size, allowed = (torch.cat(parts, dim=-1).double() for parts in zip(*of_dense, strict=True))
-    found = {}
-    for name, parts in kept.items():
-        apart, error, degree, summaries = (torch.cat(x, dim=-1).double() for x in zip(*parts, strict=True))
-        looked_at, scored = float(degree.mean()), graphs[name].keys_scored()
-        if any(scored.values()):
-            slots = graphs[name].slots_by_source()
-            looked_at = max(looked_at, sum(max(scored[source], slots[source]) for source in scored))
-        squared = float(apart.square().sum() / size.square().sum().clamp(min=1e-30))
-        found[name] = Figures(looked_at + float(summaries.mean()), float(error.mean()), squared, float(allowed.mean()))
-    return found
 
 
 def _reference(name: str) -> str:

@@ -57,9 +57,9 @@ def both(layer: Router, given: list[Tensor], first: int, changes: dict[int, int]
         before = steps.replays
         torch.testing.assert_close(steps(*new), want, rtol=1e-6, atol=1e-6)
         place += 1
-        if steps.replays > before:  # a graph knows addresses only: what it counts in must be held
+        if steps.replays > before:  # a graph knows addresses only: what it reads must be held
             assert steps._capture is not None
-            assert steps._capture.place.tolist() == [place]
+            assert steps._capture.place.position.tolist() == [[place - 1]]
         back = changes.pop(place, None)
         if back is not None:
             plain.crop(back)

@@ -33,22 +33,39 @@ class Kept(NamedTuple):
 
 
 @triton.jit
-def _range_of(limits, index, batch, rows, real, slots):
-    """First and one past the last slot that any query sees of a range; both 0 where none sees one."""
-    low, high = limits_of(limits, index, batch, rows, real, slots)
+def _tiles_of(limits, batch, rows, num_queries, slots, CLUSTERS: tl.constexpr, RANGES: tl.constexpr):
+    """int32 ``[RANGES]`` each: the first slot that any of the queries ``rows`` sees of a range, one past the last, and
+    how many tiles all ranges up to this one have."""
+    index = tl.arange(0, RANGES)
+    # [RANGES, rows]; loaded at once, since everything waits for them
+    real = (index < limits.ranges)[:, None] & (rows < num_queries)[None, :]
+    low, high = limits_of(limits, index[:, None], batch, rows[None, :], real, slots)
     some = high > low
-    last = tl.max(tl.where(some, high, 0), 0)
-    return tl.minimum(tl.min(tl.where(some, low, LAST), 0), last), last
+    last = tl.max(tl.where(some, high, 0), 1)
+    first = tl.minimum(tl.min(tl.where(some, low, LAST), 1), last)
+    return first, last, tl.cumsum(tl.cdiv(last - first, CLUSTERS), 0)
+
+
+@triton.jit
+def _clusters_of(tile, first, last, until, index, CLUSTERS: tl.constexpr):
+    """The range of a tile, its clusters, and which of these belong to the range; none where there is no such tile."""
+    here = tl.sum((tile >= until).to(tl.int32), 0)
+    mine = index == here
+    before = tl.sum(tl.where(mine, until - tl.cdiv(last - first, CLUSTERS), 0), 0)
+    number = tl.sum(tl.where(mine, first, 0), 0) + (tile - before) * CLUSTERS + tl.arange(0, CLUSTERS)
+    return here, number, number < tl.sum(tl.where(mine, last, 0), 0)
 
 
 @triton.jit
 def score_few_kernel(
     q, q_batch, q_head, q_row, q_dim, kept, limits, entries, room, kv_heads, num_queries, spread,
     D: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, CLUSTERS: tl.constexpr, PARTS: tl.constexpr,
+    QUERIES: tl.constexpr, RANGES: tl.constexpr,
 ):  # fmt: skip
     """``entries``: int64 ``[B, G, N, room]``, of each cluster that a query may open its score, above its number, so
     that they compare as in the ranking; the lowest number there is for others. The ranges of all queries of a head
-    follow one another there, in whole tiles; no two share a cluster. A program takes every ``num_programs``-th tile."""
+    follow one another there, in whole tiles; no two share a cluster. A program takes every ``num_programs``-th tile;
+    ``QUERIES`` and ``RANGES`` are at least as many as there are."""
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     rows = tl.arange(0, ROWS)
@@ -63,85 +80,70 @@ def score_few_kernel(
     squares = (spread * wide * wide).to(tl.bfloat16)
     of_head = (batch * kv_heads + head // (tl.num_programs(1) // kv_heads)) * kept.slots
     out = entries + ((batch * tl.num_programs(1) + head) * num_queries + rows[:, None]) * room
+    first, last, until = _tiles_of(limits, batch, tl.arange(0, QUERIES), num_queries, kept.slots, CLUSTERS, RANGES)
+    index = tl.arange(0, RANGES)
     programs = tl.num_programs(0)
-    before = tl.program_id(0) * 0
-    for index in range(limits.ranges):
-        from_slot, to_slot = _range_of(limits, index, batch, rows, real, kept.slots)
-        least, most = limits_of(limits, index, batch, rows, real, kept.slots)
-        tiles = tl.cdiv(to_slot - from_slot, CLUSTERS)
-        mine = (tl.program_id(0) + programs - before % programs) % programs
-        for tile in range(mine, tiles, programs):
-            number = from_slot + tile * CLUSTERS + tl.arange(0, CLUSTERS)
-            size = tl.load(kept.size + of_head + number, mask=number < to_slot, other=0)
-            # [CLUSTERS, W]; an empty slot is not worth a row
-            cells = (of_head + number)[:, None] * D + dims[None, :]
-            some = (size > 0)[:, None] & (dims < D)[None, :]
-            high, low = parts_of(tl.load(kept.centroids + cells, mask=some, other=0.0))
-            variances = None
-            if kept.variances is not None:
-                variances = tl.trans(tl.load(kept.variances + cells, mask=some, other=0.0).to(tl.bfloat16))
-            # [ROWS, CLUSTERS]
-            scores = score_tile(x, rest, squares, tl.trans(high), tl.trans(low), variances, CLUSTERS, PARTS)
-            allowed = (number[None, :] >= least[:, None]) & (number[None, :] < most[:, None]) & (size > 0)[None, :]
-            allowed = allowed & (scores > -float("inf"))  # and no NaN
-            entry = (ordered_as_int(scores).to(tl.int64) << 32) | (number ^ 0x7FFFFFFF)[None, :].to(tl.int64)
-            place = (before + tile) * CLUSTERS + tl.arange(0, CLUSTERS)
-            tl.store(
-                out + place[None, :],
-                tl.where(allowed, entry, LOWEST_ENTRY),
-                mask=real[:, None] & (place < room)[None, :],
-            )
-        before += tiles
+    from_tile = tl.program_id(0)
+    here, number, inside = _clusters_of(from_tile, first, last, until, index, CLUSTERS)
+    size = tl.load(kept.size + of_head + number, mask=inside, other=0)
+    for tile in range(from_tile, tl.max(until, 0), programs):
+        least, most = limits_of(limits, here, batch, rows, real, kept.slots)
+        # on its way while this tile is scored
+        here, next_number, inside = _clusters_of(tile + programs, first, last, until, index, CLUSTERS)
+        next_size = tl.load(kept.size + of_head + next_number, mask=inside, other=0)
+        # [CLUSTERS, W]; an empty slot is not worth a row
+        cells = (of_head + number)[:, None] * D + dims[None, :]
+        some = (size > 0)[:, None] & (dims < D)[None, :]
+        high, low = parts_of(tl.load(kept.centroids + cells, mask=some, other=0.0))
+        variances = None
+        if kept.variances is not None:
+            variances = tl.trans(tl.load(kept.variances + cells, mask=some, other=0.0).to(tl.bfloat16))
+        # [ROWS, CLUSTERS]
+        scores = score_tile(x, rest, squares, tl.trans(high), tl.trans(low), variances, CLUSTERS, PARTS)
+        allowed = (number[None, :] >= least[:, None]) & (number[None, :] < most[:, None]) & (size > 0)[None, :]
+        allowed = allowed & (scores > -float("inf"))  # and no NaN
+        entry = (ordered_as_int(scores).to(tl.int64) << 32) | (number ^ 0x7FFFFFFF)[None, :].to(tl.int64)
+        place = tile * CLUSTERS + tl.arange(0, CLUSTERS)
+        tl.store(
+            out + place[None, :],
+            tl.where(allowed, entry, LOWEST_ENTRY),
+            mask=real[:, None] & (place < room)[None, :],
+        )
+        number, size = next_number, next_size
 
 
 @triton.jit
 def open_few_kernel(
     kept, limits, entries, opened, room, kv_heads, num_queries,
-    ROWS: tl.constexpr, CLUSTERS: tl.constexpr, CHUNK: tl.constexpr, MOST: tl.constexpr,
+    QUERIES: tl.constexpr, RANGES: tl.constexpr, CLUSTERS: tl.constexpr, CHUNK: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """``opened``: int32 ``[B, G, N, most]``, of query ``program_id(0)``, head ``program_id(1)``, from the ``entries``
-    of `score_few_kernel`, ``room`` for each query. The best is looked for, time after time, below the one before; few
-    fit the budget."""
+    of `score_few_kernel`, ``room`` for each query."""
     row = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(1)
-    rows = tl.arange(0, ROWS)
-    count = row * 0
-    for r in range(limits.ranges):
-        from_slot, to_slot = _range_of(limits, r, batch, rows, rows < num_queries, kept.slots)
-        count += tl.cdiv(to_slot - from_slot, CLUSTERS) * CLUSTERS
-    count = tl.minimum(count, room)
+    _, _, until = _tiles_of(limits, batch, tl.arange(0, QUERIES), num_queries, kept.slots, CLUSTERS, RANGES)
+    count = tl.minimum(tl.max(until, 0) * CLUSTERS, room)
     of_head = (batch * kv_heads + head // (heads // kv_heads)) * kept.slots
     line = (batch * heads + head) * num_queries + row
     entries += line * room
     chunk = tl.arange(0, CHUNK)
+    best = tl.full((MOST,), LOWEST_ENTRY, tl.int64)
+    for first in range(0, count, CHUNK):
+        entry = tl.load(entries + first + chunk, mask=first + chunk < count, other=LOWEST_ENTRY)
+        here = tl.topk(entry, MOST)
+        best = tl.topk(tl.reshape(tl.join(best, here), (2 * MOST,)), MOST)
     slot = tl.arange(0, MOST)
-    numbers = tl.full((MOST,), -1, tl.int32)
-    starts = tl.zeros((MOST,), tl.int32)
-    ends = tl.zeros((MOST,), tl.int32)
-    left = (row * 0).to(tl.int64) + opened.budget
-    previous = (row * 0).to(tl.int64) - 1  # of a bit pattern above all
-    previous = previous ^ LOWEST_ENTRY
-    place = row * 0
-    while place < opened.most:
-        best = tl.full((CHUNK,), LOWEST_ENTRY, tl.int64)
-        for first in range(0, count, CHUNK):
-            entry = tl.load(entries + first + chunk, mask=first + chunk < count, other=LOWEST_ENTRY)
-            best = tl.maximum(best, tl.where(entry < previous, entry, LOWEST_ENTRY))
-        previous = tl.max(best, 0)
-        found = previous > LOWEST_ENTRY
-        number = (previous & 0x7FFFFFFF).to(tl.int32) ^ 0x7FFFFFFF
-        size = tl.load(kept.size + of_head + number, mask=found, other=0)
-        start = tl.load(kept.start + of_head + number, mask=found, other=0)
-        # the first that does not fit ends the row
-        fits = found & (size <= left)
-        left -= size
-        here = (slot == place) & fits
-        numbers = tl.where(here, number, numbers)
-        starts = tl.where(here, start, starts)
-        ends = tl.where(here, start + size, ends)
-        place = tl.where(fits, place + 1, opened.most)
+    some = (best > LOWEST_ENTRY) & (slot < opened.most)
+    numbers = (best & 0x7FFFFFFF).to(tl.int32) ^ 0x7FFFFFFF
+    size = tl.load(kept.size + of_head + numbers, mask=some, other=0)
+    start = tl.load(kept.start + of_head + numbers, mask=some, other=0)
+    # the first that does not fit ends the row
+    fits = some & (tl.cumsum(size.to(tl.int64), 0) <= opened.budget)
+    numbers = tl.where(fits, numbers, -1)
+    starts = tl.where(fits, start, 0)
+    ends = tl.where(fits, start + size, 0)
     out = line * opened.most + slot
     tl.store(opened.numbers + out, numbers, mask=slot < opened.most)
     tl.store(opened.start + out, starts, mask=slot < opened.most)

@@ -15,10 +15,11 @@ from ssa_framework.ops.rank_clusters.types import OpenedClusters
 FEW = 4
 """Most queries for which clusters are shared out among programs."""
 
-_PROGRAMS = 1024
-"""Of all heads together, two waves of a large GPU."""
+_PROGRAMS = 512
+"""Of all heads together, as many as a large GPU holds at a time (4 on a multiprocessor, with 128 registers): they begin
+with loads that wait for one another."""
 
-_CLUSTERS = 32
+_CLUSTERS = 16
 _CHUNK = 4096
 
 
@@ -47,16 +48,17 @@ def rank(
     tiles = triton.cdiv(slots, _CLUSTERS) + low.shape[2]
     room = tiles * _CLUSTERS
     entries = torch.empty((batch, heads, queries, room), dtype=torch.int64, device=q.device)
-    tile = tile_for(padded(dim))
+    tile, width = tile_for(padded(dim)), triton.next_power_of_2(most)
+    at_least = {"QUERIES": triton.next_power_of_2(queries), "RANGES": triton.next_power_of_2(low.shape[2])}
     programs = min(tiles, max(1, _PROGRAMS // (batch * heads)))
     score_few_kernel[(programs, heads, batch)](
         q, *q.stride(), kept, of_limits, entries, room, kv_heads, queries, float(spread),
-        D=dim, W=padded(dim), ROWS=tile.rows, CLUSTERS=_CLUSTERS, PARTS=parts_of_queries(q),
-        num_warps=tile.warps, num_stages=1,
+        D=dim, W=padded(dim), ROWS=tile.rows, CLUSTERS=_CLUSTERS, PARTS=parts_of_queries(q), **at_least,
+        num_warps=tile.warps, num_stages=1, maxnreg=128 if padded(dim) <= 128 else None,
     )  # fmt: skip
     open_few_kernel[(queries, heads, batch)](
         kept, of_limits, entries, Opened(numbers, start, end, most, min(budget, 2**31 - 1)), room, kv_heads, queries,
-        ROWS=tile.rows, CLUSTERS=_CLUSTERS, CHUNK=min(_CHUNK, triton.next_power_of_2(room)),
-        MOST=triton.next_power_of_2(most), num_warps=8,
+        **at_least, CLUSTERS=_CLUSTERS, CHUNK=max(width, min(_CHUNK, triton.next_power_of_2(room))),
+        MOST=width, num_warps=8,
     )  # fmt: skip
     return OpenedClusters(numbers, start, end)
