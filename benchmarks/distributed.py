@@ -3,9 +3,14 @@
     torchrun --nproc-per-node 2 benchmarks/distributed.py
 
 NCCL where every process has a GPU (bfloat16, causal, 32 query heads over 8 KV heads × 128), else gloo on CPUs (float32,
-8 over 2 × 64). Compared with all-gather: every rank gathers all keys and values, and routes and attends with its own
-queries; its backward pass is a reduce-scatter. Bytes are those that a rank receives from others, the most of all ranks.
-Then FSDP2, tensor parallelism and a checkpoint are tried on a small model. Writes one CSV row per case.
+8 over 2 × 64). Compared with one process, which has the whole sequence (every rank runs it for itself, nothing is
+sent), and with all-gather: every rank gathers all keys and values, and routes and attends with its own queries; its
+backward pass is a reduce-scatter. Bytes are those that a rank receives from others, the most of all ranks. Then DDP,
+FSDP2, tensor parallelism and a checkpoint are tried on a small model. Writes one CSV row per check and case, each as
+soon as it is known; the difference of a row is that to one process.
+
+On a GPU the checks compile several hundred kernels, which takes minutes where Triton's cache does not have them yet.
+Processes that compile at once fill it faster: start one for each ``--check`` and ``--mixes``, with ``--part``.
 
 Without torchrun, ``--count`` counts bytes for any number of ranks, as threads of one process on a CPU, on vectors of a
 real model (files with ``q``, ``k`` and ``v`` ``[heads, N, D]``, as `ssa capture` writes them) or on random ones.
@@ -19,7 +24,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -47,6 +52,8 @@ from ssa_framework.ops.neighbor_attention import neighbor_attention
 from ssa_framework.router_cache import functional_router
 
 FIXED: dict[str, Any] = {"self": {}, "window": {"size": 8}, "global": {"tokens": 2}}
+PARTS = ("checks", "model", "times")
+MODES = ("forward", "forward+backward")
 MIXES = {
     "seed": SSAConfig(graph_heads="kv"),
     "lean": SSAConfig(graph_heads="kv", sources={**FIXED, "lsh": {"rounds": 4, "candidates": 64}}),
@@ -81,7 +88,7 @@ class Shape:
     lengths: tuple[int, ...]
 
 
-WIDE = Shape(32, 8, 128, torch.bfloat16, (32768, 131072, 524288))
+WIDE = Shape(32, 8, 128, torch.bfloat16, (32768, 131072, 262144))
 NARROW = Shape(8, 2, 64, torch.float32, (4096, 16384))
 
 
@@ -143,17 +150,18 @@ def largest(value: float, device: torch.device) -> float:
     return float(tensor)
 
 
-def check_attention(device: torch.device) -> int:
-    """Context parallelism against one process: outputs and gradients of every source; how many cases differ."""
+def check_attention(device: torch.device, names: list[str]) -> Iterator[dict[str, Any]]:
+    """Context parallelism against one process: outputs and gradients of every source."""
     ranks = dist.get_world_size()
-    length, wrong = 64 * ranks, 0
+    length = 64 * ranks
+    shape = Shape(4, 2, 32, torch.float32, (length,))
     generator = torch.Generator().manual_seed(0)
     whole = [torch.randn((2, h, length, 32), generator=generator).to(device) for h in (4, 2, 2, 4)]
     documents = torch.arange(length, device=device).expand(2, -1) // (length // 3 + 1)
     keep = torch.ones((2, length), dtype=torch.bool, device=device)
     keep[:, -5:] = False
-    for name, sources in SMALL.items():
-        worst = 0.0
+    for name in names:
+        sources, worst = SMALL[name], 0.0
         for causal in (True, False):
             context = ContextParallel.over(None, layout="zigzag" if causal else "contiguous")
             for masks in ({}, {"segment_ids": documents, "key_padding_mask": keep}):
@@ -175,15 +183,23 @@ def check_attention(device: torch.device) -> int:
                         worst = max(worst, float((one - many).norm() / one.norm().clamp(min=1e-9)))
                 # on a GPU most of the time goes into compiling kernels, and nothing else would tell it from waiting
                 say(f"    {name}: {'causal' if causal else 'not causal'}, {'masked' if masks else 'plain'}")
-        worst = largest(worst, device)
-        # float32 on a GPU may be TF32, where another tiling decides other ties
-        fine = worst < (1e-5 if device.type == "cpu" else 5e-3)
-        wrong += not fine
-        say(f"{'ok ' if fine else 'BAD'} {name:26} largest relative difference to one process {worst:.1e}")
-    return wrong
+        # on a GPU another tiling may decide other ties
+        yield checked(name, "context parallel", "forward+backward", shape, length, worst, 1e-5, 5e-3, device)
 
 
-def check_model(device: torch.device) -> int:
+def checked(
+    name: str, method: str, mode: str, shape: Shape, length: int, worst: float, on_cpu: float, on_gpu: float,
+    device: torch.device,
+) -> dict[str, Any]:  # fmt: skip
+    """The row of a check whose largest relative difference must stay below ``on_cpu`` or ``on_gpu``."""
+    worst = largest(worst, device)
+    fine = worst <= (on_cpu if device.type == "cpu" else on_gpu)
+    say(f"{'ok ' if fine else 'BAD'} {name}, {method}: largest relative difference {worst:.1e}")
+    row = {"mix": name, "data": "random", "method": method, "mode": mode, "difference": f"{worst:.2e}", "fine": fine}
+    return row | _facts(shape, length, dist.get_world_size(), device)
+
+
+def check_model(device: torch.device) -> Iterator[dict[str, Any]]:
     """DDP, FSDP2, tensor and context parallelism of a small model against one process: losses of three steps."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -218,7 +234,8 @@ def check_model(device: torch.device) -> int:
         return losses
 
     def adam(one: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(one.parameters(), lr=1e-2)
+        # updates of many tensors at once refuse a mixture of plain and sharded ones, as the tensor-parallel plan leaves
+        return torch.optim.AdamW(one.parameters(), lr=1e-2, foreach=False)
 
     def sharded() -> nn.Module:
         one = model()
@@ -254,14 +271,16 @@ def check_model(device: torch.device) -> int:
     dist.barrier()
     if rank == 0:
         shutil.rmtree(folder)
-    found["checkpoint, resumed"] = found["one process"] if step == 3 and more == same else [float("nan")] * 3
-    wrong = 0
-    for name, losses in found.items():
-        difference = max(abs(a - b) / abs(b) for a, b in zip(losses, found["one process"], strict=True))
-        fine = difference < (1e-5 if device.type == "cpu" else 2e-3)
-        wrong += not fine
-        say(f"{'ok ' if fine else 'BAD'} {name:26} losses {', '.join(f'{x:.6f}' for x in losses)}")
-    return wrong
+    assert step == 3
+    shape = Shape(config.num_heads, config.kv_heads, config.head_dim, torch.float32, (tokens.shape[1],))
+    for name, losses in {**found, "FSDP2, went on": more, "FSDP2, resumed": same}.items():
+        say(f"    {name:16} losses {', '.join(f'{x:.6f}' for x in losses)}")
+    pairs = {name: (losses, found["one process"], 1e-5, 2e-3) for name, losses in found.items()}
+    pairs.pop("one process")
+    pairs["FSDP2 resumed from a checkpoint, against the run that went on"] = (same, more, 0.0, 1e-5)
+    for name, (losses, wanted, on_cpu, on_gpu) in pairs.items():
+        worst = max(abs(a - b) / abs(b) for a, b in zip(losses, wanted, strict=True))
+        yield checked("small model", name, "3 steps", shape, tokens.shape[1], worst, on_cpu, on_gpu, device)
 
 
 # -- times and bytes --------------------------------------------------------------------------------------------------
@@ -303,34 +322,36 @@ def all_gather_bytes(shape: Shape, length: int, ranks: int, mode: str) -> int:
 def time_case(
     name: str, shape: Shape, length: int, mode: str, device: torch.device, seconds: float
 ) -> Iterator[dict[str, Any]]:
-    """Context parallelism, and all-gather, of one case."""
+    """One process, all-gather and context parallelism, of one case."""
     context = ContextParallel.over(None)
     parts = random_parts(shape, length, context, device)
+    whole = [context.unshard(x, 2) for x in parts]
     backward = mode == "forward+backward"
-    results: dict[str, Tensor] = {}
-    attend = {
-        "context parallel": lambda: context_parallel_attention(
-            *parts, context, config=MIXES[name], is_causal=True
-        ),
-        "all-gather": lambda: all_gather_attention(*parts, context, MIXES[name].replace(causal=True)),
-    }  # fmt: skip
-    for method, forward in attend.items():
-        for x in parts:
+    config = MIXES[name].replace(causal=True)
+    attend: dict[str, tuple[Callable[[], Tensor], list[Tensor]]] = {
+        "one process": (lambda: sparse_attention(*whole, config=config, enable_gqa=True), whole),
+        "all-gather": (lambda: all_gather_attention(*parts, context, config), parts),
+        "context parallel": (lambda: context_parallel_attention(*parts, context, config=config), parts),
+    }
+    wanted: Tensor | None = None
+    for method, (forward, inputs) in attend.items():
+        for x in inputs:
             x.requires_grad_(backward)
 
-        def call(forward: Callable[[], Tensor] = forward, method: str = method) -> None:
-            for x in parts:
+        def call(forward: Callable[[], Tensor] = forward, inputs: list[Tensor] = inputs) -> Tensor:
+            for x in inputs:
                 x.grad = None
             out = forward()
             if backward:
                 out.backward(torch.ones_like(out))
-            results[method] = out.detach()
+            return out.detach()
 
         with count_traffic() as traffic:
-            call()
+            result = call()
         received = dict(traffic.received) if method == "context parallel" else {}
         total = all_gather_bytes(shape, length, context.ranks.size, mode)
-        bytes_received = int(largest(sum(received.values()) if received else total, device))
+        mine = {"one process": 0, "all-gather": total, "context parallel": sum(received.values())}[method]
+        bytes_received = int(largest(mine, device))
         row = {
             "mix": name,
             "data": "random",
@@ -342,11 +363,13 @@ def time_case(
             "share_of_all_gather": round(bytes_received / total, 4) if total else "",
             "bytes_by_purpose": received or "",
         }
-        if len(results) == 2:
-            a, b = (x.float() for x in results.values())
-            changed = ((a - b).norm(dim=-1) > 0.05 * b.norm(dim=-1)).float().mean()
+        if wanted is None:
+            wanted = context.shard(result, 2).float()
+        else:
+            apart = result.float() - wanted
+            changed = (apart.norm(dim=-1) > 0.05 * wanted.norm(dim=-1)).float().mean()
             row["rows_changed"] = f"{largest(float(changed), device):.2e}"
-            row["difference"] = f"{largest(float((a - b).norm() / b.norm()), device):.2e}"
+            row["difference"] = f"{largest(float(apart.norm() / wanted.norm()), device):.2e}"
         yield row | _facts(shape, length, context.ranks.size, device)
 
 
@@ -369,16 +392,17 @@ def describe(row: dict[str, Any]) -> str:
     taken = f"{row['milliseconds']:9.2f} ms" if row.get("milliseconds") else ""
     difference = f"  difference {row['difference']}, rows changed {row['rows_changed']}" if "difference" in row else ""
     mebibytes = row["bytes_received"] / 2**20
+    share = row["share_of_all_gather"] or 0.0
     return (
         f"{row['mix']:16} {row['data']:12} {row['length']:8} on {row['ranks']:3} {row['mode']:17} {row['method']:17}"
-        f"{taken}  {mebibytes:9.2f} MiB = {row['share_of_all_gather']:.3f} of all-gather{difference}"
+        f"{taken}  {mebibytes:9.2f} MiB = {share:.3f} of all-gather{difference}"
     )
 
 
 def write(rows: list[dict[str, Any]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
+        writer = csv.DictWriter(file, FIELDS, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -436,9 +460,11 @@ def count(captures: list[Path], lengths: list[int], worlds: list[int], mixes: li
 def main(
     out: Annotated[Path | None, typer.Option(help="CSV file")] = None,
     lengths: Annotated[list[int] | None, typer.Option(help="tokens, of all ranks together")] = None,
+    part: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(PARTS)}; all if left out")] = None,
+    check: Annotated[list[str] | None, typer.Option(help="sources that are checked; all if left out")] = None,
     mixes: Annotated[list[str] | None, typer.Option(help="mixes that are timed")] = None,
     seconds: Annotated[float, typer.Option(help="of readings per case")] = 1.0,
-    stop_after: Annotated[float, typer.Option(help="begin no case after so many seconds")] = 200.0,
+    stop_after: Annotated[float, typer.Option(help="time no further case after so many seconds")] = 200.0,
     count_only: Annotated[bool, typer.Option("--count", help="count bytes with threads, without torchrun")] = False,
     worlds: Annotated[list[int] | None, typer.Option(help="with --count: numbers of ranks")] = None,
     capture: Annotated[list[Path] | None, typer.Option(help="with --count: vectors of a model")] = None,
@@ -459,28 +485,37 @@ def main(
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpus else "gloo", timeout=timedelta(seconds=120))
     shape = WIDE if on_gpus else NARROW
-    wrong = check_attention(device)
-    say(f"[{time.perf_counter() - begin:.0f} s]")
-    wrong += check_model(device)
-    say(f"[{time.perf_counter() - begin:.0f} s]")
+    path = out or results / ("distributed_nccl.csv" if on_gpus else "distributed_cpu.csv")
     rows: list[dict[str, Any]] = []
-    path = out or results / ("distributed.csv" if on_gpus else "distributed_cpu.csv")
-    for mode in ("forward", "forward+backward"):
-        for length in lengths or shape.lengths:
-            for name in mixes or MIXES:
-                if largest(time.perf_counter() - begin, device) > stop_after:
-                    say(f"stopped after {stop_after:.0f} s; {name} at {length}, {mode}, and what follows not run")
-                    break
-                for row in time_case(name, shape, length, mode, device, seconds):
-                    rows.append(row)
-                    say(describe(row))
-                if on_gpus:
-                    torch.cuda.empty_cache()
-                if dist.get_rank() == 0:
-                    write(rows, path)
+
+    def keep(new: Iterable[dict[str, Any]]) -> None:
+        for row in new:
+            rows.append(row)
+            if dist.get_rank() == 0:
+                write(rows, path)
+            if "fine" not in row:
+                say(describe(row))
+        if on_gpus:
+            torch.cuda.empty_cache()
+
+    parts = part or PARTS
+    if "checks" in parts:
+        keep(check_attention(device, check or list(SMALL)))
+        say(f"[{time.perf_counter() - begin:.0f} s]")
+    if "model" in parts:
+        keep(check_model(device))
+        say(f"[{time.perf_counter() - begin:.0f} s]")
+    cases = [(mode, length, name) for length in lengths or shape.lengths for mode in MODES for name in mixes or MIXES]
+    start = time.perf_counter()
+    for mode, length, name in cases if "times" in parts else ():
+        if largest(time.perf_counter() - start, device) > stop_after:
+            say(f"stopped after {stop_after:.0f} s; {name} at {length}, {mode}, and what follows not run")
+            break
+        keep(time_case(name, shape, length, mode, device, seconds))
     say(f"[{time.perf_counter() - begin:.0f} s]")
     dist.barrier()
     dist.destroy_process_group()
+    wrong = sum(not row.get("fine", True) for row in rows)
     if wrong:
         raise SystemExit(f"{wrong} checks failed")
 

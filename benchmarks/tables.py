@@ -25,6 +25,7 @@ PAGES = (
     "docs/choosing.md",
     "docs/compile.md",
     "docs/decode.md",
+    "docs/distributed.md",
     "docs/measurements.md",
 )
 Row = dict[str, str]
@@ -262,6 +263,28 @@ def decode_summary() -> str:
     return table(head, ([mix, *(found[mix, n] for n in lengths)] for mix in mixes))
 
 
+def distributed_nccl() -> str:
+    kinds: dict[tuple[str, str, int], dict[str, Row]] = {}
+    for r in rows("distributed_nccl.csv"):
+        if r["milliseconds"]:
+            kinds.setdefault((r["mode"], r["mix"], int(r["length"])), {})[r["method"]] = r
+
+    def line(kind: tuple[str, str, int], of: dict[str, Row]) -> list[str]:
+        one, gathered, spread = (of[method] for method in ("one process", "all-gather", "context parallel"))
+        mode, mix, length = kind
+        speedup = float(one["milliseconds"]) / float(spread["milliseconds"])
+        received = (f"{int(r['bytes_received']) / 2**20:.0f}" for r in (spread, gathered))
+        times = (number(r["milliseconds"]) for r in (one, gathered, spread))
+        name = mode.replace("+", " + ")
+        return [
+            f"`{mix}`", name, f"{length:,}", *times, f"{speedup:.2f}", " / ".join(received), spread["difference"]
+        ]  # fmt: skip
+
+    head = ["mix", "pass", "N", "one GPU, ms", "all-gather, ms", "context parallel, ms", "one GPU / context parallel"]
+    head = [*head, "MiB received, context parallel / all-gather", "difference"]
+    return table(head, (line(*item) for item in kinds.items()))
+
+
 def cluster_levels() -> str:
     def line(r: Row) -> list[str]:
         graph, attend = float(r["graph_ms"]), float(r["attend_ms"])
@@ -329,6 +352,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "compile-cuda": compiled_cuda,
     "decode": decode,
     "decode-summary": decode_summary,
+    "distributed-nccl": distributed_nccl,
     "perplexity": perplexity,
     "recall-gaussian": recall_gaussian,
     "recall-model": recall_model,
