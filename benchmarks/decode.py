@@ -9,7 +9,7 @@ length: medians, 10th and 90th percentiles of single steps, in milliseconds.
 
 With ``--device cuda`` it measures what `gpu_decode` describes:
 
-    python benchmarks/decode.py --device cuda --mix "preset fast" --out decode_cuda.csv
+    python benchmarks/decode.py --device cuda --mix "preset fast" --out decode_cuda.csv    # the longest first
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 Run by `decode.py --device cuda`. Steps are timed one by one with events, plain and captured (`CapturedSteps`). Dense
 is the fastest of torch's kernels that serve one query. The L2 cache is overwritten before every step, sparse or
 dense, since other layers would do that. *Called*: from the first launch to the end of the last one, host included.
-*Captured*: replays of CUDA graphs, for the dense step too. A case is checked before it is timed: captured and plain
-steps against one call with all tokens, and a step at full length against the backend ``torch`` in float32.
+*Captured*: replays of CUDA graphs, for the dense step too, host included. *Device*: the same replays where the host is
+ahead of the device, as in a model whose layers follow one another. A case is checked before it is timed: captured and
+plain steps against one call with all tokens, and a step at full length against the backend ``torch`` in float32.
 """
 
 from __future__ import annotations
@@ -31,17 +32,16 @@ from ssa_framework.quality.bench import under_kernel
 from ssa_framework.router import Router
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
-SAMPLE, STEPS, WARM_STEPS = 3000, 100, 40
+SAMPLE, CHECKED, STEPS, WARM_STEPS = 3000, 300, 100, 40
 KERNELS = (
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
 )
 COLUMNS = [
-    "length", "mix", "called_ms", "captured_ms", "dense_called_ms", "dense_captured_ms", "dense_kernel",
-    "speedup_called", "speedup_captured", "largest_difference", "keys_attended", "replays", "message", "device",
-    "version", "commit", "torch",
+    "length", "mix", "called_ms", "captured_ms", "device_ms", "dense_called_ms", "dense_captured_ms",
+    "dense_device_ms", "dense_kernel", "speedup_called", "speedup_captured", "speedup_device",
+    "largest_difference", "keys_attended", "replays", "message", "device", "version", "commit", "torch",
 ]  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def check(sources: Mapping[str, Mapping[str, Any]]) -> None:
     tokens, router = random_tokens(SAMPLE, 0), Router(config(sources)).cuda()
     whole, _ = attend_cached(router, LayerCache(), *tokens)
     for captured in (False, True):
-        cache, first = LayerCache(), SAMPLE - 600
+        cache, first = LayerCache(), SAMPLE - CHECKED
         attend_cached(router, cache, *(x[:, :, :first] for x in tokens))
         steps = CapturedSteps(router, cache)
         for place in range(first, SAMPLE):
@@ -71,16 +71,19 @@ def check(sources: Mapping[str, Mapping[str, Any]]) -> None:
             out = steps(*new) if captured else attend_cached(router, cache, *new)[0]
             torch.testing.assert_close(out, whole[:, :, place : place + 1], rtol=2e-2, atol=1e-2)
         if captured:
-            print(f"  {steps.captures} captures, {steps.replays} replays of 600 steps", flush=True)
+            print(f"  {steps.captures} captures, {steps.replays} replays of {CHECKED} steps", flush=True)
 
 
-def median_ms(step: Callable[[], object], steps: int = STEPS) -> float:
+def median_ms(step: Callable[[], object], *, ahead: bool = False) -> float:
+    """``ahead``: the host's time is hidden behind work that the device has still to do."""
     flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     pairs = []
-    for _ in range(steps):
-        flush.zero_()
+    for _ in range(STEPS):
+        for _ in range(3 if ahead else 1):
+            flush.zero_()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()  # the host must not run ahead, or its time would be hidden
+        if not ahead:
+            torch.cuda.synchronize()
         begin.record()
         step()
         end.record()
@@ -98,8 +101,8 @@ def replay_of(step: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def dense_times(length: int) -> Iterator[tuple[str, float, float]]:
-    """Name, milliseconds called and captured, of every kernel that serves the call."""
+def dense_times(length: int) -> Iterator[tuple[str, dict[str, float]]]:
+    """Name, milliseconds called, captured and on the device, of every kernel that serves the call."""
     _, k, v = random_tokens(length, 1)
     q = random_tokens(1, 3)[0]
     for kernel in KERNELS:
@@ -110,7 +113,9 @@ def dense_times(length: int) -> Iterator[tuple[str, float, float]]:
         try:
             for _ in range(3):
                 step()
-            yield kernel.name.lower(), median_ms(step), median_ms(replay_of(step))
+            replay = replay_of(step)
+            found = {"called": median_ms(step), "captured": median_ms(replay), "device": median_ms(replay, ahead=True)}
+            yield kernel.name.lower(), found
         except RuntimeError as error:
             print(f"  dense {kernel.name.lower()}: {str(error).splitlines()[0][:90]}", flush=True)
 
@@ -142,8 +147,17 @@ def measure(sources: Mapping[str, Mapping[str, Any]], length: int) -> dict[str, 
         steps(*next(tokens))
     before = steps.replays
     found["captured_ms"] = median_ms(lambda: steps(*next(tokens)))
+    found["device_ms"] = median_ms(lambda: steps(*next(tokens)), ahead=True)
     found["replays"] = steps.replays - before
     return found
+
+
+def write(out: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def run(out: Path, mixes: Mapping[str, Mapping[str, Mapping[str, Any]]], lengths: Sequence[int]) -> None:
@@ -157,31 +171,29 @@ def run(out: Path, mixes: Mapping[str, Mapping[str, Mapping[str, Any]]], lengths
             traceback.print_exc()
             wrong[mix] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     rows = []
-    for length in lengths:
-        dense = list(dense_times(length))
-        for name, called, captured in dense:
-            print(f"{length:>8} dense {name:20} called {called:.3f} captured {captured:.3f} ms", flush=True)
+    for length in sorted(lengths, reverse=True):
+        dense = dict(dense_times(length))
+        for name, times in dense.items():
+            print(f"{length:>8} dense {name:20}", *(f"{kind} {ms:.3f}" for kind, ms in times.items()), "ms", flush=True)
+        fastest = min(dense, key=lambda name: dense[name]["captured"])
         for mix, sources in mixes.items():
             row: dict[str, object] = dict.fromkeys(COLUMNS, "") | {
-                "length": length, "mix": mix, "dense_called_ms": min(d[1] for d in dense),
-                "dense_captured_ms": min(d[2] for d in dense), "dense_kernel": min(dense, key=lambda d: d[2])[0],
+                "length": length, "mix": mix, "dense_kernel": fastest,
+                **{f"dense_{kind}_ms": min(times[kind] for times in dense.values()) for kind in dense[fastest]},
                 "device": torch.cuda.get_device_name(), "version": ssa_framework.__version__, "commit": commit(),
                 "torch": torch.__version__, "message": wrong.get(mix, ""),
             }  # fmt: skip
             if mix not in wrong:
                 try:
                     row |= measure(sources, length)
-                    for kind in ("called", "captured"):
+                    for kind in ("called", "captured", "device"):
                         ratio = float(str(row[f"dense_{kind}_ms"])) / float(str(row[f"{kind}_ms"]))
                         row[f"speedup_{kind}"] = f"{ratio:.2f}"
                 except Exception as error:  # noqa: BLE001
                     traceback.print_exc()
                     row["message"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            for name in (name for name in COLUMNS if name.endswith("_ms") and row[name]):
+                row[name] = f"{row[name]:.4f}"
             rows.append(row)
-            print("  ".join(f"{name}={row[name]}" for name in COLUMNS[:13]), flush=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"written: {out}", flush=True)
+            write(out, rows)
+            print("  ".join(f"{name}={row[name]}" for name in COLUMNS[:17]), flush=True)

@@ -1,4 +1,5 @@
-"""Ranking kernels for few queries: the clusters are shared out among programs, then one program a query opens the best.
+"""Ranking kernels for few queries: the clusters are shared out among programs, which score them and choose the best of
+their share; then one program a query opens the best of these.
 
 `triton_rank` walks all clusters of a head in one program, which pays where it scores many queries on the way. Scores
 are the same bits here and there.
@@ -113,30 +114,51 @@ def score_few_kernel(
 
 
 @triton.jit
-def open_few_kernel(
-    kept, limits, entries, opened, room, kv_heads, num_queries,
-    QUERIES: tl.constexpr, RANGES: tl.constexpr, CLUSTERS: tl.constexpr, CHUNK: tl.constexpr, MOST: tl.constexpr,
+def best_few_kernel(
+    limits, entries, best, room, width, slots, num_queries,
+    QUERIES: tl.constexpr, RANGES: tl.constexpr, CLUSTERS: tl.constexpr, SHARE: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
-    """``opened``: int32 ``[B, G, N, most]``, of query ``program_id(0)``, head ``program_id(1)``, from the ``entries``
-    of `score_few_kernel`, ``room`` for each query."""
+    """``best``: int64 ``[B, G, N, width]``, the ``MOST`` highest ``entries`` of every ``SHARE`` of them, from the
+    highest down. Share ``program_id(0) // N`` of query ``program_id(0) % N``, head ``program_id(1)``; shares without
+    clusters write nothing."""
+    row = tl.program_id(0) % num_queries
+    first = tl.program_id(0) // num_queries * SHARE
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    _, _, until = _tiles_of(limits, batch, tl.arange(0, QUERIES), num_queries, slots, CLUSTERS, RANGES)
+    count = tl.minimum(tl.max(until, 0) * CLUSTERS, room)
+    line = (batch * tl.num_programs(1) + head) * num_queries + row
+    if first < count:
+        entry = first + tl.arange(0, SHARE)
+        found = tl.topk(tl.load(entries + line * room + entry, mask=entry < count, other=LOWEST_ENTRY), MOST)
+        tl.store(best + line * width + first // SHARE * MOST + tl.arange(0, MOST), found)
+
+
+@triton.jit
+def open_few_kernel(
+    kept, limits, best, opened, room, width, kv_heads, num_queries,
+    QUERIES: tl.constexpr, RANGES: tl.constexpr, CLUSTERS: tl.constexpr, SHARE: tl.constexpr, CHUNK: tl.constexpr,
+    MOST: tl.constexpr,
+):  # fmt: skip
+    """``opened``: int32 ``[B, G, N, most]``, of query ``program_id(0)``, head ``program_id(1)``, from what
+    `best_few_kernel` left, ``CHUNK`` entries at a time."""
     row = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(1)
     _, _, until = _tiles_of(limits, batch, tl.arange(0, QUERIES), num_queries, kept.slots, CLUSTERS, RANGES)
-    count = tl.minimum(tl.max(until, 0) * CLUSTERS, room)
+    count = tl.cdiv(tl.minimum(tl.max(until, 0) * CLUSTERS, room), SHARE) * MOST
     of_head = (batch * kv_heads + head // (heads // kv_heads)) * kept.slots
     line = (batch * heads + head) * num_queries + row
-    entries += line * room
     chunk = tl.arange(0, CHUNK)
-    best = tl.full((MOST,), LOWEST_ENTRY, tl.int64)
-    for first in range(0, count, CHUNK):
-        entry = tl.load(entries + first + chunk, mask=first + chunk < count, other=LOWEST_ENTRY)
-        here = tl.topk(entry, MOST)
-        best = tl.topk(tl.reshape(tl.join(best, here), (2 * MOST,)), MOST)
+    highest = tl.topk(tl.load(best + line * width + chunk, mask=chunk < count, other=LOWEST_ENTRY), MOST)
+    for first in range(CHUNK, count, CHUNK):
+        entry = first + chunk
+        more = tl.topk(tl.load(best + line * width + entry, mask=entry < count, other=LOWEST_ENTRY), MOST)
+        highest = tl.topk(tl.reshape(tl.join(highest, more), (2 * MOST,)), MOST)
     slot = tl.arange(0, MOST)
-    some = (best > LOWEST_ENTRY) & (slot < opened.most)
-    numbers = (best & 0x7FFFFFFF).to(tl.int32) ^ 0x7FFFFFFF
+    some = (highest > LOWEST_ENTRY) & (slot < opened.most)
+    numbers = (highest & 0x7FFFFFFF).to(tl.int32) ^ 0x7FFFFFFF
     size = tl.load(kept.size + of_head + numbers, mask=some, other=0)
     start = tl.load(kept.start + of_head + numbers, mask=some, other=0)
     # the first that does not fit ends the row

@@ -7,7 +7,12 @@ import triton
 from torch import Tensor
 
 from ssa_framework.ops.cluster_keys.types import Clusters
-from ssa_framework.ops.rank_clusters.triton_few import Kept, open_few_kernel, score_few_kernel
+from ssa_framework.ops.rank_clusters.triton_few import (
+    Kept,
+    best_few_kernel,
+    open_few_kernel,
+    score_few_kernel,
+)
 from ssa_framework.ops.rank_clusters.triton_rank import Limits, Opened
 from ssa_framework.ops.rank_clusters.triton_tile import padded, parts_of_queries, tile_for
 from ssa_framework.ops.rank_clusters.types import OpenedClusters
@@ -20,7 +25,12 @@ _PROGRAMS = 512
 with loads that wait for one another."""
 
 _CLUSTERS = 16
-_CHUNK = 4096
+
+_SHARE = 256
+"""Entries of which a program chooses the best."""
+
+_CHUNK = 1024
+"""Entries that are compared at once in the end: the best of 16 shares, if few are opened."""
 
 
 def rank(
@@ -48,7 +58,7 @@ def rank(
     tiles = triton.cdiv(slots, _CLUSTERS) + low.shape[2]
     room = tiles * _CLUSTERS
     entries = torch.empty((batch, heads, queries, room), dtype=torch.int64, device=q.device)
-    tile, width = tile_for(padded(dim)), triton.next_power_of_2(most)
+    tile, highest = tile_for(padded(dim)), triton.next_power_of_2(most)
     at_least = {"QUERIES": triton.next_power_of_2(queries), "RANGES": triton.next_power_of_2(low.shape[2])}
     programs = min(tiles, max(1, _PROGRAMS // (batch * heads)))
     score_few_kernel[(programs, heads, batch)](
@@ -56,9 +66,14 @@ def rank(
         D=dim, W=padded(dim), ROWS=tile.rows, CLUSTERS=_CLUSTERS, PARTS=parts_of_queries(q), **at_least,
         num_warps=tile.warps, num_stages=1, maxnreg=128 if padded(dim) <= 128 else None,
     )  # fmt: skip
+    share = max(_SHARE, highest)
+    shares = triton.cdiv(room, share)
+    width = shares * highest
+    best = torch.empty((batch, heads, queries, width), dtype=torch.int64, device=q.device)
+    cut = {**at_least, "CLUSTERS": _CLUSTERS, "SHARE": share, "MOST": highest, "num_warps": 4}
+    best_few_kernel[(shares * queries, heads, batch)](of_limits, entries, best, room, width, slots, queries, **cut)
     open_few_kernel[(queries, heads, batch)](
-        kept, of_limits, entries, Opened(numbers, start, end, most, min(budget, 2**31 - 1)), room, kv_heads, queries,
-        **at_least, CLUSTERS=_CLUSTERS, CHUNK=max(width, min(_CHUNK, triton.next_power_of_2(room))),
-        MOST=width, num_warps=8,
+        kept, of_limits, best, Opened(numbers, start, end, most, min(budget, 2**31 - 1)), room, width, kv_heads,
+        queries, CHUNK=max(2 * highest, min(_CHUNK, 16 * highest)), **cut,
     )  # fmt: skip
     return OpenedClusters(numbers, start, end)
