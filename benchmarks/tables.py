@@ -26,6 +26,7 @@ PAGES = (
     "docs/compile.md",
     "docs/decode.md",
     "docs/distributed.md",
+    "docs/gpu-kernels.md",
     "docs/measurements.md",
 )
 Row = dict[str, str]
@@ -263,6 +264,25 @@ def decode_summary() -> str:
     return table(head, ([mix, *(found[mix, n] for n in lengths)] for mix in mixes))
 
 
+def gpu_decode() -> str:
+    kinds = ("captured", "device")
+
+    def line(r: Row) -> list[str]:
+        times = [f"{float(r[f'{dense}{kind}_ms']):.3f}" for kind in kinds for dense in ("", "dense_")]
+        return [
+            f"`{r['mix']}`",
+            f"{int(r['length']):,}",
+            f"{float(r['called_ms']):.2f}",
+            *times[:2],
+            r["speedup_captured"],
+            *times[2:],
+            r["speedup_device"],
+        ]
+
+    head = ["mix", "cached tokens", "called", "captured", "dense, captured", "dense / sparse, captured"]
+    return table([*head, "device", "dense, device", "dense / sparse, device"], map(line, rows("decode_cuda.csv")))
+
+
 def distributed_nccl() -> str:
     kinds: dict[tuple[str, str, int], dict[str, Row]] = {}
     for r in rows("distributed_nccl.csv"):
@@ -353,6 +373,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode": decode,
     "decode-summary": decode_summary,
     "distributed-nccl": distributed_nccl,
+    "gpu-decode": gpu_decode,
     "perplexity": perplexity,
     "recall-gaussian": recall_gaussian,
     "recall-model": recall_model,

@@ -9,7 +9,7 @@ from typing import Any
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "quality": {"levels": [[512, 8], [2048, 8], [8192, 32], [32768, 64]], "keys": 384, "iterations": 3},
     "balanced": {"levels": [[256, 8], [2048, 8], [8192, 64], [32768, 96]], "keys": 192, "iterations": 3},
-    "fast": {"levels": [[512, 16], [2048, 32], [8192, 64]], "keys": 128},
+    "fast": {"levels": [[512, 16], [2048, 32], [8192, 64], [32768, 128]], "keys": 192, "iterations": 3},
 }
 """Options of the ``clusters`` source, which each preset joins with the first four tokens: those hold much of the
 attention of trained models, whatever the query (Xiao et al., StreamingLLM, 2023).

@@ -111,9 +111,18 @@ def check(inputs: list[Tensor], parts: GraphParts, scale: float = 0.3) -> list[T
 MIX = GraphParts(band_before=3, band_after=2, columns=torch.tensor([0, 5, 30], dtype=torch.int32))
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("list_shape", [(2, 4), (2, 2), (1, 1)], ids=["per-head", "per-group", "broadcast"])
-@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(
+    ("list_shape", "causal", "dtype"),
+    [
+        ((2, 4), False, torch.float32),
+        ((2, 4), True, torch.bfloat16),
+        ((2, 2), False, torch.bfloat16),
+        ((2, 2), True, torch.float16),
+        ((1, 1), False, torch.float16),
+        ((1, 1), True, torch.float32),
+    ],
+    ids=str,
+)
 def test_all_parts(list_shape: tuple[int, int], causal: bool, dtype: torch.dtype) -> None:
     parts = replace(MIX, causal=causal, query_offset=30)
     parts = replace(parts, neighbors=lists(list_shape, 3, 41, 35, parts))
