@@ -84,7 +84,7 @@ def cpu_summary() -> str:
 
 
 def cpu_presets() -> str:
-    return summary("cpu_presets.csv", "cpu_presets_32768.csv", by_mix=True)
+    return summary("cpu_presets.csv", "cpu_presets_32768.csv", "cpu_presets_131072.csv", by_mix=True)
 
 
 def timing(name: str, *, mix: bool = False, unit: str = "ms") -> str:
@@ -328,6 +328,20 @@ def perplexity() -> str:
     return table(head, map(line, rows("perplexity.csv")))
 
 
+def perplexity_fast() -> str:
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for r in rows("perplexity_fast.csv"):
+        found.setdefault((r["mix"], r["dense_layers"]), {})[r["text"]] = r
+    texts = ("reference", "reference, later", "code")
+
+    def line(setting: tuple[str, str], of: dict[str, Row]) -> list[str]:
+        attended = f"{float(of[texts[0]]['attended_percent']):.0f} %"
+        return [*setting, attended, *(f"{of[text]['change_percent']} %" for text in texts)]
+
+    head = ["levels: segment / keys per cluster; keys of clusters; Lloyd steps", "dense layers", "keys attended"]
+    return table([*head, *texts], (line(*item) for item in found.items()))
+
+
 def compiled_cuda() -> str:
     def line(r: Row) -> list[str]:
         names = ("compile_s", "compilations", "largest_difference", "eager_ms", "compiled_ms")
@@ -375,6 +389,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "distributed-nccl": distributed_nccl,
     "gpu-decode": gpu_decode,
     "perplexity": perplexity,
+    "perplexity-fast": perplexity_fast,
     "recall-gaussian": recall_gaussian,
     "recall-model": recall_model,
     "soak": soak,
