@@ -157,7 +157,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         ax.set_xscale("log")
         ax.set_yscale("log")
         ax.grid(which="both", alpha=0.25)
-    axes[0].legend(fontsize="small")
+    axes[0].legend(fontsize="small", loc="lower left")
     figure.savefig(path, dpi=120)
 
 

@@ -26,6 +26,7 @@ PAGES = (
     "docs/compile.md",
     "docs/decode.md",
     "docs/distributed.md",
+    "docs/evaluate.md",
     "docs/gpu-kernels.md",
     "docs/measurements.md",
 )
@@ -328,6 +329,23 @@ def perplexity() -> str:
     return table(head, map(line, rows("perplexity.csv")))
 
 
+def eval_model() -> str:
+    found: dict[int, dict[str, Row]] = {}
+    for r in rows("eval_model.csv"):
+        found.setdefault(int(r["length"]), {})[r["mix"]] = r
+
+    def line(length: int, dense: Row, sparse: Row) -> list[str]:
+        change = 100 * (float(sparse["perplexity"]) / float(dense["perplexity"]) - 1)
+        prefill = (f"{number(r['prefill_s'])} s" for r in (dense, sparse))
+        token = (f"{float(r['token_ms']):.0f} ms" for r in (dense, sparse))
+        ratios = sparse["dense_over_sparse_prefill"], sparse["dense_over_sparse_token"]
+        return [f"{length:,}", *prefill, ratios[0], *token, ratios[1], f"{change:+.2f} %"]
+
+    head = ["context", "prefill, dense", "`balanced`", "dense / sparse", "each token, dense", "`balanced`"]
+    body = (line(length, of["dense"], of["balanced"]) for length, of in found.items())
+    return table([*head, "dense / sparse", "perplexity"], body)
+
+
 def perplexity_fast() -> str:
     found: dict[tuple[str, str], dict[str, Row]] = {}
     for r in rows("perplexity_fast.csv"):
@@ -387,6 +405,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode": decode,
     "decode-summary": decode_summary,
     "distributed-nccl": distributed_nccl,
+    "eval-model": eval_model,
     "gpu-decode": gpu_decode,
     "perplexity": perplexity,
     "perplexity-fast": perplexity_fast,

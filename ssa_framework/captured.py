@@ -11,7 +11,7 @@ from torch import Tensor
 from ssa_framework.cache import LayerCache
 from ssa_framework.decoding import attend_cached, check_new_tokens
 from ssa_framework.masks import EdgeMask
-from ssa_framework.ops.append_token import TokenPlace, append_token
+from ssa_framework.ops.append_token import AppendToken, TokenPlace, append_token
 from ssa_framework.ops.neighbor_attention import neighbor_attention
 from ssa_framework.router import Router
 
@@ -24,7 +24,7 @@ class _Capture:
     """A captured step, which reads the new token from ``place`` and leaves its output in ``out``."""
 
     replay: Callable[[], object]
-    append: Callable[[TokenPlace, Tensor, Tensor, Tensor, int], None]
+    append: AppendToken
     place: TokenPlace
     out: Tensor
     signature: tuple[object, ...]

@@ -105,7 +105,6 @@ def _measure(
                 break
             taken = seconds(dense)
             ratios.append(seconds(sparse) / taken)  # in turn, so that what else the machine does hits both
-    # not of the shortest times: those of many small steps vary more, and would look too good
     return statistics.median(ratios) > _MARGIN
 
 

@@ -16,7 +16,8 @@ attention of trained models, whatever the query (Xiao et al., StreamingLLM, 2023
 
 Up to 8,192 keys back, `quality` and `balanced` keep clusters of 8 keys, but fit them on longer segments: a text that
 repeats itself word for word needs single keys thousands of tokens back, which clusters of 32 keys blur. Farther back
-clusters grow, so that their number, which is what a query ranks, stays near 1,500."""
+clusters grow, so that their number, which is what a query ranks, stays near 1,500. `fast` has fewer and larger ones,
+and as many keys of them as keep the perplexity of a model within 2 % of dense at 4,096 tokens."""
 
 LEADING_TOKENS = 4
 

@@ -20,8 +20,6 @@ from ssa_framework.errors import ConfigError
 from ssa_framework.integrations.transformers import use_sparse_attention
 from ssa_framework.laboratory.capture import LayerTensors, capture_layers
 from ssa_framework.laboratory.compare import measure_layer
-from ssa_framework.laboratory.figures import figures_of
-from ssa_framework.laboratory.hull import HullPath, Point, lower_hull
 from ssa_framework.laboratory.perplexity import perplexity
 from ssa_framework.laboratory.routing import MixRouter, sample_queries
 from ssa_framework.laboratory.tune import (
@@ -32,6 +30,8 @@ from ssa_framework.laboratory.tune import (
     tune,
     with_budgets,
 )
+from ssa_framework.laboratory.tune.costs import figures_of
+from ssa_framework.laboratory.tune.hull import HullPath, Point, lower_hull
 
 LENGTH = 96
 MIXES = {

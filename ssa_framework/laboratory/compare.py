@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import functools
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,6 +21,7 @@ from ssa_framework.config import SSAConfig
 from ssa_framework.errors import ConfigError
 from ssa_framework.graph import NeighborGraph
 from ssa_framework.laboratory.capture import LayerTensors
+from ssa_framework.laboratory.files import replace_json
 from ssa_framework.laboratory.routing import MixRouter, routing_config, sample_queries
 from ssa_framework.masks import make_edge_mask
 from ssa_framework.quality.bench import LARGEST_DIFFERENCE, environment, score_rounding
@@ -236,10 +236,7 @@ class Comparison:
 
     def write_json(self, path: str | Path) -> None:
         """Write `as_dict`; the file is replaced at once."""
-        path = Path(path)
-        beside = path.with_name(path.name + ".part")
-        beside.write_text(json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        replace_json(path, self.as_dict())
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per mix, one per number of exact keys, and one of dense attention, with the same columns."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from ssa_framework.config import SSAConfig
 from ssa_framework.errors import ConfigError, MissingExtraError
 from ssa_framework.graph import NeighborGraph
 from ssa_framework.hookspecs import hookimpl
+from ssa_framework.laboratory.files import replace_json
 from ssa_framework.laboratory.models import tokens_of
 from ssa_framework.laboratory.passkey import Passkey, make_passkeys
 from ssa_framework.laboratory.perplexity import MOST_SCORED, perplexity
@@ -159,10 +158,7 @@ class Evaluation:
 
     def write_json(self, path: str | Path) -> None:
         """Write `as_dict`; the file is replaced at once."""
-        path = Path(path)
-        beside = path.with_name(path.name + ".part")
-        beside.write_text(json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        replace_json(path, self.as_dict())
 
 
 @dataclass(frozen=True)

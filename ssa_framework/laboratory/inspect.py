@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +18,7 @@ from ssa_framework.config import SSAConfig
 from ssa_framework.errors import ConfigError
 from ssa_framework.graph import NeighborGraph
 from ssa_framework.laboratory.capture import LayerTensors, capture_layers, choose_layers
+from ssa_framework.laboratory.files import replace_json
 from ssa_framework.laboratory.routing import Membership, MixRouter, sample_queries
 from ssa_framework.quality.bench import environment
 from ssa_framework.quality.rows import BestKeys, DenseRows, KeptRows, SummaryMeans, row_chunks
@@ -176,10 +175,7 @@ class Inspection:
 
     def write_json(self, path: str | Path) -> None:
         """Write `as_dict`. The file is replaced at once, so that a run that ends meanwhile leaves a whole one."""
-        path = Path(path)
-        beside = path.with_name(path.name + ".part")
-        beside.write_text(json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        replace_json(path, self.as_dict())
 
 
 def _of(figures: MixFigures, source: str | None) -> MixFigures | SourceFigures | None:

@@ -11,12 +11,13 @@ from ssa_framework.ops.append_token import torch_copy
 from ssa_framework.ops.append_token.types import TokenPlace
 
 AppendToken = Callable[[TokenPlace, Tensor, Tensor, Tensor, int], None]
+"""Puts a token into a place: takes the place, q ``[B, H, 1, D]``, k ``[B, Hkv, 1, D]`` and v ``[B, Hkv, 1, Dv]`` of the
+dtypes and on the device of the place, with any strides, and the token's position. It is called for each token, where
+the host's microseconds count, so it checks nothing: whoever calls it did."""
 
 
 def append_token(place: TokenPlace) -> AppendToken:
-    """The function that puts a token into ``place``: it takes ``place``, q ``[B, H, 1, D]``, k ``[B, Hkv, 1, D]``, v
-    ``[B, Hkv, 1, Dv]``, with any strides, and the token's position. It is called for each token, where the host's
-    microseconds count, so it checks nothing."""
+    """The implementation for a place: one launch where Triton serves it, else a copy for each tensor."""
     if place.q.is_cuda and find_spec("triton") is not None:
         from ssa_framework.ops.append_token import triton_cuda  # Triton takes a moment to import
 

@@ -12,7 +12,8 @@ def append_token_kernel(
     kept_q, kept_position, keys, values, place, room,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """Head ``program_id(0)`` of the query, key and value of batch element ``program_id(1)``, and the position."""
+    """Head ``program_id(0)`` of ``q [B, H, 1, D]``, ``k [B, Hkv, 1, D]`` and ``v [B, Hkv, 1, Dv]``, batch element
+    ``program_id(1)``, and the position ``place``, to the fields of `TokenPlace`; ``room``: places of a head there."""
     head = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
     dims = tl.arange(0, W)

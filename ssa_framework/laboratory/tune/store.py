@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ssa_framework.errors import ConfigError
+from ssa_framework.laboratory.files import replace_json
 
 
 class Store:
@@ -45,7 +45,4 @@ class Store:
         self.values[name] = value
         self.values["seconds"] = round(self.values.get("seconds", 0.0) + seconds, 3)
         if self.path is not None:
-            beside = self.path.with_name(self.path.name + ".part")
-            beside.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_text(json.dumps(self.values) + "\n", encoding="utf-8")
-            os.replace(beside, self.path)
+            replace_json(self.path, self.values, indent=None, allow_nan=True)

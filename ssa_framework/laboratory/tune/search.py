@@ -1,17 +1,4 @@
-"""The cheapest routing of every layer of a model that is good enough: a search over source mixes and budgets.
-
-Cost is the number of keys that a query looks at, scored or attended, and summaries; mean over queries and layers.
-
-1. Every candidate routes a sample of the queries of every layer, on what the layer gets while the model reads densely:
-   its cost and its output error there. No pass of the model is needed for that but one.
-2. One layer at a time is made sparse, and the divergence of the model's predictions tells how much an error of that
-   layer matters. (Not for a target in output error.)
-3. For each layer only the candidates on the lower convex hull of damage against cost can be part of a best choice.
-   From the cheapest of every layer on, the steps along these hulls are taken in the order of damage avoided per key:
-   every number of steps is a configuration of the model, the best one of its cost if damages add up.
-4. The model reads with some of these configurations, until the cheapest that meets the target is found.
-5. What was found is checked on texts that had no part in it.
-"""
+"""`tune`: the search; what it does step by step stands in `ssa_framework.laboratory.tune`."""
 
 from __future__ import annotations
 
@@ -21,9 +8,9 @@ import math
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,25 +19,16 @@ from torch import Tensor
 from ssa_framework.config import SSAConfig
 from ssa_framework.errors import ConfigError
 from ssa_framework.laboratory.capture import LayerTensors, capture_layers, choose_layers
-from ssa_framework.laboratory.figures import figures_of
-from ssa_framework.laboratory.hull import HullPath, Point, lower_hull
 from ssa_framework.laboratory.perplexity import token_losses
 from ssa_framework.laboratory.routing import MixRouter, sample_queries
-from ssa_framework.laboratory.store import Store
-from ssa_framework.presets import LEADING_TOKENS, PRESETS
+from ssa_framework.laboratory.tune.candidates import DENSE, default_candidates, preset_references
+from ssa_framework.laboratory.tune.costs import figures_of
+from ssa_framework.laboratory.tune.hull import HullPath, Point, lower_hull
+from ssa_framework.laboratory.tune.results import Change, Target, Trial, Tuning
+from ssa_framework.laboratory.tune.store import Store
 from ssa_framework.quality.bench import environment
 from ssa_framework.registry import SourceRegistry
 
-DENSE = "dense"
-"""What the candidate is called that attends everything."""
-
-BUDGETS = (16, 48, 96, 160, 256, 384)
-_LEVELS = (
-    [[256, 8], [2048, 8], [8192, 64]],
-    [[256, 8], [2048, 32], [8192, 64]],
-    [[128, 8], [1024, 32], [8192, 64]],
-    [[64, 8], [256, 16], [1024, 32], [4096, 64]],
-)
 _PRECISION = 0.01
 """The search ends where the next cheaper configuration that was tried costs less than this share less."""
 _SCORED_FOR_SENSITIVITY, _SHORTER = 512, 4
@@ -58,150 +36,6 @@ _SCORED_FOR_SENSITIVITY, _SHORTER = 512, 4
 
 _LEAST_SENSITIVITY = 0.01
 """Relative to the layer that matters most: below that it is noise."""
-
-TargetKind = Literal["perplexity", "output_error"]
-
-
-@dataclass(frozen=True)
-class Target:
-    """What is good enough.
-
-    Attributes:
-        kind: ``"perplexity"``: it rises by at most ``limit`` relative to dense attention, with a confidence of 95 %
-            that the mean over the tokens does. ``"output_error"``: mean over layers, heads and queries.
-        limit: a share; 0.01 is 1 %.
-
-    Raises:
-        ConfigError: another kind, or a limit that is not in (0, 1].
-    """
-
-    kind: TargetKind
-    limit: float
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("perplexity", "output_error"):
-            raise ConfigError(f"the target must be 'perplexity' or 'output_error', got {self.kind!r}")
-        if not 0.0 < self.limit <= 1.0:
-            raise ConfigError(f"the limit of the target is a share in (0, 1], such as 0.01 for 1 %, got {self.limit!r}")
-
-
-def default_candidates(budgets: Sequence[int] = BUDGETS) -> dict[str, SSAConfig]:
-    """Clusters with several sizes of segments, each with every budget, and windows."""
-    leading: dict[str, dict[str, Any]] = {"global": {"tokens": LEADING_TOKENS}}
-    mixes = {
-        "clusters " + ", ".join(f"{segment}/{cluster}" for segment, cluster in levels): SSAConfig(
-            sources={**leading, "clusters": {"levels": levels}}
-        )
-        for levels in _LEVELS
-    }
-    windows = {
-        f"window of {size}": SSAConfig(
-            num_neighbors=size + 1 + LEADING_TOKENS, sources={**leading, "self": {}, "window": {"size": size}}
-        )
-        for size in (64, 256)
-    }
-    return windows | with_budgets(mixes, budgets)
-
-
-def with_budgets(mixes: Mapping[str, SSAConfig], budgets: Sequence[int] = BUDGETS) -> dict[str, SSAConfig]:
-    """Each mix with each budget (``num_neighbors``), as candidates by name.
-
-    Raises:
-        ConfigError: a budget below 1.
-    """
-    return {
-        f"{name}, budget {budget}": config.replace(num_neighbors=budget)
-        for name, config in mixes.items()
-        for budget in budgets
-    }
-
-
-@dataclass(frozen=True)
-class Change:
-    """Perplexity on one text, or several, against dense attention.
-
-    Attributes:
-        tokens: predictions that it is the mean of. dense, sparse: perplexities.
-        change: ``sparse / dense - 1``. standard_error: of it, from the differences token by token.
-    """
-
-    tokens: int
-    dense: float
-    sparse: float
-    change: float
-    standard_error: float
-
-    @property
-    def upper(self) -> float:
-        """With a confidence of 95 % the change over more tokens of the kind is at most this."""
-        return self.change + 1.645 * self.standard_error
-
-    @classmethod
-    def of(cls, dense: Tensor, sparse: Tensor) -> Change:
-        """From the losses of the same tokens."""
-        difference = sparse - dense
-        ratio = math.exp(float(difference.mean()))
-        error = float(difference.std()) / math.sqrt(len(dense)) if len(dense) > 1 else float("inf")
-        return cls(
-            len(dense), math.exp(float(dense.mean())), math.exp(float(sparse.mean())), ratio - 1.0, ratio * error
-        )
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A configuration that was tried, or one that it is compared with.
-
-    Attributes:
-        name: of it. cost: see `Point`; mean over layers.
-        output_error: mean over layers, on the texts of the search.
-        texts: perplexity by text, for a target in perplexity. together: over the tokens of all of them.
-        held_out: the same by text that had no part in the search. held_out_error: mean output error there.
-        meets: whether it meets the target on the texts of the search.
-    """
-
-    name: str
-    cost: float
-    output_error: float
-    meets: bool
-    texts: Mapping[str, Change] = field(default_factory=dict)
-    together: Change | None = None
-    held_out: Mapping[str, Change] = field(default_factory=dict)
-    held_out_error: float | None = None
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What was found.
-
-    Attributes:
-        model: what it is called. length: tokens of each text. target: what was asked for.
-        config: the cheapest configuration that meets it; `SSAConfig.to_json` writes it.
-        layers: for each layer that was tuned, the candidate that it got, or ``"dense"``.
-        points: for each layer, what each candidate costs and does there.
-        sensitivity: for each layer, nats of divergence per squared relative error; empty for a target in output error.
-        allowed: keys per query that it may attend: what dense attention looks at.
-        result: how good ``config`` is. references: other configurations, for comparison. trials: what was tried.
-        seconds: that it took, over all runs that were resumed. environment: device, versions, commit and date.
-    """
-
-    model: str
-    length: int
-    target: Target
-    config: SSAConfig
-    layers: Mapping[int, str]
-    points: Mapping[int, Mapping[str, Point]]
-    sensitivity: Mapping[int, float]
-    allowed: float
-    result: Trial
-    references: tuple[Trial, ...]
-    trials: tuple[Trial, ...]
-    seed: int
-    seconds: float
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
 
 
 def tune(
@@ -259,14 +93,6 @@ def tune(
         on_stage=on_stage or (lambda stage, done, total: None),
     )
     return search.run(model_name or type(model).__name__)
-
-
-def preset_references() -> dict[str, SSAConfig]:
-    """The presets, in every layer, also where dense attention would be faster."""
-    return {name: SSAConfig.preset(name, dense_below=0) for name in PRESETS}
-
-
-# -- the search ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
