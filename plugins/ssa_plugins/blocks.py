@@ -68,7 +68,7 @@ class Blocks(SegmentSource):
         used = (starts >= 0).expand(batch, -1)
         place = starts.clamp(min=0)[..., None] + torch.arange(self.size, dtype=torch.int32, device=keys.device)
         place = place.expand(batch, -1, -1).flatten(1)
-        rows = take(keys, place).unflatten(2, (-1, self.size))  # [B, Hkv, F, size, D]
+        rows = take(keys, place).float().unflatten(2, (-1, self.size))  # [B, Hkv, F, size, D]
         if self.rank == "mean":
             centroids = rows.mean(3)
         else:

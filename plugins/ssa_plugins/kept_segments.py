@@ -16,7 +16,7 @@ _Numbers = tuple[tuple[int, ...], tuple[int, ...]]
 """The segments that a query sees of each level, from first to stop - 1."""
 
 Cluster = Callable[[int, Tensor, Tensor], Clusters]
-"""Clusters of the segments of a level, from their keys, float32 ``[B, Hkv, M, D]``, and where they begin, int32
+"""Clusters of the segments of a level, from their keys, floating ``[B, Hkv, M, D]``, and where they begin, int32
 ``[1, F]``."""
 
 
@@ -82,11 +82,11 @@ class KeptSegments:
         begin, end = first * length, last * length
         starts = torch.arange(0, end - begin, length, dtype=torch.int32, device=ctx.device)[None]
         if element is None or self.places is None:
-            made = cluster(level, ctx.shared_k[:, :, begin:end].float(), starts)
+            made = cluster(level, ctx.shared_k[:, :, begin:end], starts)
             self.clusters.add(level, first, replace(made, order=made.order + begin))
         else:
             places = self.places[element, begin:end]
-            made = cluster(level, ctx.shared_k[element : element + 1, :, places.long()].float(), starts)
+            made = cluster(level, ctx.shared_k[element : element + 1, :, places.long()], starts)
             self.clusters.add(level, first, replace(made, order=places[made.order.long()]), element)
 
     def crop(self, length: int) -> None:

@@ -52,7 +52,7 @@ class SegmentSource(NeighborSource):
     # -- what a subclass says ----------------------------------------------------------------------------------------
 
     def cluster(self, keys: Tensor, starts: Tensor, level: tuple[int, int]) -> Clusters:
-        """Clusters of the segments of ``keys``, float32 ``[B, Hkv, M, D]``, that begin at ``starts``, int32
+        """Clusters of the segments of ``keys``, floating ``[B, Hkv, M, D]``, that begin at ``starts``, int32
         ``[B or 1, F]``, -1 = not used; ``level``: keys of a segment and of a cluster."""
         raise NotImplementedError
 
@@ -104,7 +104,7 @@ class SegmentSource(NeighborSource):
         own, levels = places[0], []
         keys: Tensor | None = None
         if ctx.spread is None:  # once for all levels; all of them place the keys alike
-            keys = ctx.shared_k.float().contiguous() if own.order is None else take(ctx.shared_k.float(), own.order)
+            keys = ctx.shared_k if own.order is None else take(ctx.shared_k, own.order)
         for i, size in enumerate(sizes):
             here, first = places[i], None
             if not here.starts.shape[1]:

@@ -45,7 +45,8 @@ class Places:
     @classmethod
     def of(cls, ctx: RoutingContext, length: int) -> Places:
         keys = ctx.num_keys
-        segments = keys // length
+        # a query that ends a segment still stands in it, so that a segment behind all others is open to nobody
+        segments = max(0, keys - 1 if ctx.causal else keys) // length
         if ctx.documents is None and ctx.key_keep is None:
             starts = torch.arange(segments, dtype=torch.int32, device=ctx.device)[None] * length
             end = (ctx.positions + 1).clamp(max=keys) if ctx.causal else torch.full_like(ctx.positions, keys)
@@ -189,7 +190,7 @@ class Opened:
         first = torch.stack([level.first + at for level, at in zip(levels, numbers, strict=False)], dim=-1)
         stop = torch.stack([level.stop + at for level, at in zip(levels, numbers, strict=False)], dim=-1)
         first = torch.minimum(first, stop)
-        opened = rank_clusters(q, clusters, (first, stop), keys, most, spread)
+        opened = rank_clusters(q, clusters, (first, stop), keys, most, spread, disjoint=True)
         return cls(levels, clusters.order, opened.numbers, opened.start, opened.end, first, stop)
 
     def summaries(self, num_keys: int) -> Summaries:

@@ -147,7 +147,7 @@ class SegmentsOfRanks:
         return torch.where((starts >= 0) & looked_at, self.layout.rank_of(middle), -1)
 
     def _fetch_keys(self, keys: Tensor) -> Tensor:
-        """The keys ``[B or 1, P]``, -1 = none, each at most once, as float32 ``[B, Hkv, P, D]``."""
+        """The keys ``[B or 1, P]``, -1 = none, each at most once, ``[B, Hkv, P, D]``."""
         batch, heads, local, dim = self.k.shape
         count = keys.shape[1]
         place = torch.full((keys.shape[0], self.layout.length + 1), -1, dtype=torch.int64, device=keys.device)
@@ -161,7 +161,7 @@ class SegmentsOfRanks:
             places.append((head + at)[at >= 0])
         exchange = RowExchange.of_requests(self.ranks, wanted, places, batch * heads * count)
         table = exchange.fetch(self.k.reshape(batch * heads * local, dim), "keys for routing")
-        return table.view(batch, heads, count, dim).float()
+        return table.view(batch, heads, count, dim)
 
     def _fetch_centroids(self, made: Clusters, needed: Tensor, tasks: Tensor) -> tuple[Tensor, Tensor | None]:
         """Centroids and variances of the segments that some query of this rank sees, zeros for the others.

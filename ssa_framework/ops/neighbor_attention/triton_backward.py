@@ -8,6 +8,7 @@ import triton.language as tl
 from ssa_framework.ops.neighbor_attention.triton_tiles import (
     LOG2_E,
     band_of,
+    first_columns,
     fixed_keys,
     gather,
     kept_pairs,
@@ -92,7 +93,8 @@ def query_gradient_kernel(
     if lists.pointer is not None:
         list_start += batch * lists.batch + list_head * lists.head + long_row * lists.row
     if slices.start is not None:
-        before, after, shift, sliced = slices_of(slices, batch, list_head, row, SLICES)
+        after, shift, sliced = slices_of(slices, batch, list_head, row, SLICES)
+        columns = first_columns(fixed)
         order = slices.order + batch * slices.order_batch + list_head * slices.order_head
     position = row + fixed.offset
     if FIXED:
@@ -107,7 +109,20 @@ def query_gradient_kernel(
             elif slices.start is not None:
                 slots -= count
                 others = sliced_keys(
-                    order, slices, fixed, batch, row, position, before, after, shift, slots, num_keys, CAUSAL
+                    order,
+                    slices,
+                    fixed,
+                    columns,
+                    batch,
+                    row,
+                    position,
+                    after,
+                    shift,
+                    sliced,
+                    slots,
+                    num_keys,
+                    SLICES,
+                    CAUSAL,
                 )
                 keys = tl.where(slots < 0, keys, others)
             acc = _query_step(
@@ -128,11 +143,26 @@ def query_gradient_kernel(
         if lists.pointer is not None:
             begin = 0
         slots = begin + tl.arange(0, SLOTS)
-        keys = sliced_keys(order, slices, fixed, batch, row, position, before, after, shift, slots, num_keys, CAUSAL)
+        keys = sliced_keys(
+            order, slices, fixed, columns, batch, row, position, after, shift, sliced, slots, num_keys, SLICES, CAUSAL
+        )
         for start in range(begin, sliced, SLOTS):
             slots = start + SLOTS + tl.arange(0, SLOTS)
             next_keys = sliced_keys(
-                order, slices, fixed, batch, row, position, before, after, shift, slots, num_keys, CAUSAL
+                order,
+                slices,
+                fixed,
+                columns,
+                batch,
+                row,
+                position,
+                after,
+                shift,
+                sliced,
+                slots,
+                num_keys,
+                SLICES,
+                CAUSAL,
             )
             acc = _query_step(
                 keys, x, dx, row_lse, delta, acc, k, v, k_start, v_start, scale * LOG2_E,

@@ -51,9 +51,19 @@ class Call(NamedTuple):
         return self.has_band or self.fixed.num_columns > 0
 
     @property
+    def has_shared_columns(self) -> bool:
+        """Whether the forward pass attends to columns in the tiles of intervals; what is in the band is not in them."""
+        return self.has_intervals and not self.has_band and self.fixed.num_columns > 0
+
+    @property
+    def has_lists(self) -> bool:
+        """Whether there are lists or slices, which differ from query to query."""
+        return self.neighbors is not None or self.slices.start is not None
+
+    @property
     def has_rows(self) -> bool:
-        """Whether there is anything that differs from query to query."""
-        return self.has_fixed or self.neighbors is not None or self.slices.start is not None
+        """Whether there is anything beside intervals."""
+        return self.has_fixed or self.has_lists
 
 
 def rows(x: Tensor) -> Rows:
@@ -268,8 +278,8 @@ def attend_programs(call: Call, causal: bool) -> dict[str, Any]:
     """`query_programs` of the forward kernel, which is faster with few registers where rows are short (measured)."""
     options = query_programs(call, causal)
     width = max(call.widths["W"], call.widths["WV"])
-    few = options["PADDED"] > 1 and width <= 128 and not call.exact and call.slices.start is None
-    return options | ({"maxnreg": 128} if few else {})
+    few = options["PADDED"] > 1 and width <= 128 and not call.exact
+    return options | {"FIXED": call.has_fixed and not call.has_shared_columns} | ({"maxnreg": 128} if few else {})
 
 
 def _shared_memory(device: torch.device) -> int:

@@ -85,15 +85,17 @@ def forward(
     fp32 = fp32_weights and v.dtype != torch.float32
     partial = partial_lse = NO_ROWS
     if call.has_intervals:
+        goes_on = call.has_band or call.has_lists
         # float32 where the softmax goes on, so that what is merged has not been rounded
-        first = torch.empty_like(out, dtype=torch.float32) if call.has_rows else out
-        first_lse = torch.empty_like(lse) if call.has_rows else lse
+        first = torch.empty_like(out, dtype=torch.float32) if goes_on else out
+        first_lse = torch.empty_like(lse) if goes_on else lse
         options = attend_interval_programs(call, q, parts.causal)
         attend_intervals_kernel[(triton.cdiv(queries, options["QUERIES"]), kv_heads, batch)](
             rows(q), rows(k), rows(v), rows(call.summary_k), rows(call.summary_v), rows(first),
-            rows(first_lse.unsqueeze(-1)), call.fixed, call.spans, call.seen, queries, scale, FP32=fp32, **options,
+            rows(first_lse.unsqueeze(-1)), call.fixed, call.spans, call.seen, queries, scale,
+            COLUMNS=call.has_shared_columns, FP32=fp32, **options,
         )  # fmt: skip
-        if not call.has_rows:
+        if not goes_on:
             return out, lse
         partial, partial_lse = rows(first), rows(first_lse.unsqueeze(-1))
     attend_kernel[(queries, heads // call.share, batch)](

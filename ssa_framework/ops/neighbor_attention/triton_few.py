@@ -17,6 +17,7 @@ from ssa_framework.ops.neighbor_attention.triton_tiles import (
     LN_2,
     LOG2_E,
     band_of,
+    first_columns,
     fixed_keys,
     gather,
     listed_keys,
@@ -120,7 +121,7 @@ def attend_few_kernel(
         listed += lists.slots
     sliced = row * 0
     if slices.start is not None:
-        slice_begin, slice_end, shift, sliced = slices_of(slices, batch, list_head, row, SLICES)
+        slice_end, shift, sliced = slices_of(slices, batch, list_head, row, SLICES)
     low = row * 0
     spanned = row * 0
     if fixed.span_start is not None:
@@ -172,11 +173,25 @@ def attend_few_kernel(
             )  # fmt: skip
     if slices.start is not None:
         order = slices.order + batch * slices.order_batch + list_head * slices.order_head
+        columns = first_columns(fixed)
         from_slot, to_slot = _share_of(begin, end, before_slices, sliced)
         for start in range(from_slot, to_slot, SLOTS):
             slots = start + number
             keys = sliced_keys(
-                order, slices, fixed, batch, row, position, slice_begin, slice_end, shift, slots, num_keys, CAUSAL
+                order,
+                slices,
+                fixed,
+                columns,
+                batch,
+                row,
+                position,
+                slice_end,
+                shift,
+                sliced,
+                slots,
+                num_keys,
+                SLICES,
+                CAUSAL,
             )
             keys = tl.where(slots < to_slot, keys, -1)
             m, total, acc = _attend(
@@ -212,7 +227,7 @@ def attend_few_kernel(
                 weights = (
                     tl.load(weights_start + numbers * seen.weights_number, mask=inside, other=-float("inf")) * LOG2_E
                 )
-                is_opened = tl.max((numbers[:, None] == opened[None, :]).to(tl.int32), 1) > 0
+                is_opened = tl.max((opened[:, None] == numbers[None, :]).to(tl.int32), 0) > 0
                 # one without keys is not worth a row
                 inside = inside & (weights > -float("inf")) & (is_opened == 0)
                 m, total, acc = _attend(

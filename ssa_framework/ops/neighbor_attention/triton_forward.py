@@ -9,6 +9,7 @@ from ssa_framework.ops.neighbor_attention.triton_tiles import (
     LN_2,
     LOG2_E,
     band_of,
+    first_columns,
     fixed_keys,
     gather,
     listed_keys,
@@ -87,7 +88,8 @@ def attend_kernel(
     if lists.pointer is not None:
         list_start += batch * lists.batch + list_head * lists.head + row.to(tl.int64) * lists.row
     if slices.start is not None:
-        before, after, shift, sliced = slices_of(slices, batch, list_head, row, SLICES)
+        after, shift, sliced = slices_of(slices, batch, list_head, row, SLICES)
+        columns = first_columns(fixed)
         order = slices.order + batch * slices.order_batch + list_head * slices.order_head
     position = row + fixed.offset
     if FIXED:
@@ -102,7 +104,20 @@ def attend_kernel(
             elif slices.start is not None:
                 slots -= count
                 others = sliced_keys(
-                    order, slices, fixed, batch, row, position, before, after, shift, slots, num_keys, CAUSAL
+                    order,
+                    slices,
+                    fixed,
+                    columns,
+                    batch,
+                    row,
+                    position,
+                    after,
+                    shift,
+                    sliced,
+                    slots,
+                    num_keys,
+                    SLICES,
+                    CAUSAL,
                 )
                 keys = tl.where(slots < 0, keys, others)
             m, total, acc = _attend(
@@ -123,11 +138,26 @@ def attend_kernel(
         if lists.pointer is not None:
             begin = 0
         slots = begin + tl.arange(0, SLOTS)
-        keys = sliced_keys(order, slices, fixed, batch, row, position, before, after, shift, slots, num_keys, CAUSAL)
+        keys = sliced_keys(
+            order, slices, fixed, columns, batch, row, position, after, shift, sliced, slots, num_keys, SLICES, CAUSAL
+        )
         for start in range(begin, sliced, SLOTS):
             slots = start + SLOTS + tl.arange(0, SLOTS)
             next_keys = sliced_keys(
-                order, slices, fixed, batch, row, position, before, after, shift, slots, num_keys, CAUSAL
+                order,
+                slices,
+                fixed,
+                columns,
+                batch,
+                row,
+                position,
+                after,
+                shift,
+                sliced,
+                slots,
+                num_keys,
+                SLICES,
+                CAUSAL,
             )
             m, total, acc = _attend(
                 keys, x, m, total, acc, k, v, k_start, v_start, scale,

@@ -178,6 +178,50 @@ def _all_opened(
 
 
 @triton.jit
+def _updated(s, value_tile, m, total, acc, FP32: tl.constexpr, PRECISION: tl.constexpr):
+    """One step of the online softmax with scores ``s [R, S]``."""
+    # [R]
+    new_m = tl.maximum(m, tl.max(s, 1))
+    # no key so far: subtract 0, so that the weights are exp(-inf) = 0, not NaN
+    finite = tl.where(new_m == -float("inf"), 0.0, new_m)
+    p = tl.exp2(s - finite[:, None])
+    keep = tl.exp2(m - finite)
+    total = total * keep + tl.sum(p, 1)
+    if FP32:
+        value_tile = value_tile.to(tl.float32)
+    acc = dot(p.to(value_tile.dtype), value_tile, acc * keep[:, None], PRECISION)
+    return new_m, total, acc
+
+
+@triton.jit
+def _attend_columns(
+    x, row, real, m, total, acc, k, v, fixed, batch, kv_head, scale,
+    CAUSAL: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, W: tl.constexpr,
+    WV: tl.constexpr, KEYS: tl.constexpr, FP32: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over the columns, less those in the span of a query. There is no band."""
+    k_start = k.pointer + batch * k.batch + kv_head * k.head
+    v_start = v.pointer + batch * v.batch + kv_head * v.head
+    for start in range(0, fixed.num_columns, KEYS):
+        index = start + tl.arange(0, KEYS)
+        columns = tl.load(fixed.columns + index, mask=index < fixed.num_columns, other=-1)
+        key_tile = gather(k_start, columns, k, K_ROW, D, W)
+        value_tile = gather(v_start, columns, v, V_ROW, DV, WV)
+        s = dot(x, tl.trans(key_tile), tl.zeros((x.shape[0], KEYS), tl.float32), PRECISION) * scale
+        allowed = _unmasked(fixed, batch, columns[None, :], row[:, None], (columns >= 0)[None, :], real[:, None])
+        if CAUSAL:
+            allowed = allowed & (columns[None, :] <= (row + fixed.offset)[:, None])
+        if fixed.span_start is not None:
+            at = batch * fixed.span_batch + row * fixed.span_row
+            first = tl.load(fixed.span_start + at, mask=real, other=0)
+            stop = tl.load(fixed.span_end + at, mask=real, other=0)
+            allowed = allowed & ((columns[None, :] < first[:, None]) | (columns[None, :] >= stop[:, None]))
+        s = tl.where(allowed, s, -float("inf"))
+        m, total, acc = _updated(s, value_tile, m, total, acc, FP32, PRECISION)
+    return m, total, acc
+
+
+@triton.jit
 def _attend_all(
     x, row, head, real, num_queries, m, total, acc, k, v, intervals, fixed, batch, kv_head, scale,
     CAUSAL: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, W: tl.constexpr,
@@ -213,17 +257,7 @@ def _attend_all(
             if intervals.weights is not None:  # read ahead, so that a step does not begin with waiting for them
                 number += KEYS
                 weights = _weights_of(intervals, batch, kv_head, number, number < high)
-            # [R]
-            new_m = tl.maximum(m, tl.max(s, 1))
-            # no key so far: subtract 0, so that the weights are exp(-inf) = 0, not NaN
-            finite = tl.where(new_m == -float("inf"), 0.0, new_m)
-            p = tl.exp2(s - finite[:, None])
-            keep = tl.exp2(m - finite)
-            total = total * keep + tl.sum(p, 1)
-            if FP32:
-                value_tile = value_tile.to(tl.float32)
-            acc = dot(p.to(value_tile.dtype), value_tile, acc * keep[:, None], PRECISION)
-            m = new_m
+            m, total, acc = _updated(s, value_tile, m, total, acc, FP32, PRECISION)
     return m, total, acc
 
 
@@ -233,11 +267,11 @@ def attend_intervals_kernel(
     GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, CAUSAL: tl.constexpr, OFFSET: tl.constexpr, Q_ROW: tl.constexpr,
     K_ROW: tl.constexpr, V_ROW: tl.constexpr, SUMMARY_K_ROW: tl.constexpr, SUMMARY_V_ROW: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, W: tl.constexpr, WV: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, OPENED: tl.constexpr, SHARED: tl.constexpr, FP32: tl.constexpr,
-    PRECISION: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, OPENED: tl.constexpr, SHARED: tl.constexpr, COLUMNS: tl.constexpr,
+    FP32: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``out [B, H, N, DV]`` and ``lse [B, H, N]`` over spans and summaries, of ``QUERIES`` queries from
-    ``program_id(0)`` on, KV head ``program_id(1)``."""
+    """``out [B, H, N, DV]`` and ``lse [B, H, N]`` over spans, summaries and, if ``COLUMNS``, columns, of ``QUERIES``
+    queries from ``program_id(0)`` on, KV head ``program_id(1)``."""
     kv_head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     # [R]
@@ -250,6 +284,11 @@ def attend_intervals_kernel(
     m = tl.full((QUERIES * GROUP_PADDED,), -float("inf"), tl.float32)
     total = tl.zeros((QUERIES * GROUP_PADDED,), tl.float32)
     acc = tl.zeros((QUERIES * GROUP_PADDED, WV), tl.float32)
+    if COLUMNS:
+        m, total, acc = _attend_columns(
+            x, row, real, m, total, acc, k, v, fixed, batch, kv_head, scale * LOG2_E,
+            CAUSAL, K_ROW, V_ROW, D, DV, W, WV, KEYS, FP32, PRECISION,
+        )  # fmt: skip
     if spans.first is not None:
         m, total, acc = _attend_all(
             x, row, head, real, num_queries, m, total, acc, k, v, spans, fixed, batch, kv_head,

@@ -18,6 +18,7 @@ from ssa_framework.ops.neighbor_attention.triton_backward import key_step
 from ssa_framework.ops.neighbor_attention.triton_tiles import (
     LOG2_E,
     band_of,
+    first_columns,
     gather,
     kept_pairs,
     without_columns,
@@ -180,7 +181,9 @@ def place_gradient_kernel(
     place = block * BLOCK + tl.arange(0, BLOCK)
     real = place < slices.length
     order = slices.order + batch * slices.order_batch + list_head * slices.order_head
-    keys = without_columns(fixed, tl.load(order + place * slices.order_place, mask=real, other=-1))
+    keys = without_columns(
+        fixed, first_columns(fixed), tl.load(order + place * slices.order_place, mask=real, other=-1)
+    )
     # [S, W], [S, WV]
     key_tile = gather(k.pointer + batch * k.batch + kv_head * k.head, keys, k, K_ROW, D, W)
     value_tile = gather(v.pointer + batch * v.batch + kv_head * v.head, keys, v, V_ROW, DV, WV)

@@ -11,6 +11,7 @@ from ssa_framework.ops.triton_runtime import dot
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+_LAST = tl.constexpr(2**31 - 1)
 
 
 class Rows(NamedTuple):
@@ -171,39 +172,62 @@ def listed_keys(start, lists, first, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def without_columns(fixed, keys):
-    """``keys [S]``, -1 for those that are columns; few columns are quickest looked at one by one."""
+def _no_more_than(ascending, x, SIZE: tl.constexpr):
+    """How many of ``ascending [SIZE]`` are no larger than each of ``x [S]``, ``SIZE - 1`` at most; by bisection, which
+    keeps a number in each lane instead of all of them in every one."""
+    count = tl.zeros(x.shape, tl.int32)
+    for bit in tl.static_range(9, -1, -1):
+        if (1 << bit) < SIZE:
+            probed = tl.gather(ascending, count + ((1 << bit) - 1), 0)
+            count += tl.where(probed <= x, 1 << bit, 0)
+    return count
+
+
+@triton.jit
+def first_columns(fixed):
+    """The first 16 columns, int32 ``[16]``, ascending: read once for all `without_columns` of a query."""
+    columns = tl.full((16,), _LAST, tl.int32)
     if fixed.columns is not None:
-        for first in range(0, fixed.num_columns, 16):
-            index = first + tl.arange(0, 16)
-            column = tl.load(fixed.columns + index, mask=index < fixed.num_columns, other=-1)
-            is_column = tl.max((keys[:, None] == column[None, :]).to(tl.int32), 1) > 0
-            keys = tl.where(is_column, -1, keys)
+        index = tl.arange(0, 16)
+        columns = tl.load(fixed.columns + index, mask=index < fixed.num_columns, other=_LAST)
+    return columns
+
+
+@triton.jit
+def without_columns(fixed, columns, keys):
+    """``keys [S]``, -1 for those that are columns; ``columns``: the `first_columns`, which are all as a rule."""
+    if fixed.columns is not None:
+        is_column = tl.gather(columns, _no_more_than(columns, keys - 1, 16), 0) == keys
+        for start in range(16, fixed.num_columns, 16):
+            index = start + tl.arange(0, 16)
+            more = tl.load(fixed.columns + index, mask=index < fixed.num_columns, other=-1)
+            is_column = is_column | (tl.max((keys[:, None] == more[None, :]).to(tl.int32), 1) > 0)
+        keys = tl.where(is_column, -1, keys)
     return keys
 
 
 @triton.jit
 def slices_of(slices, batch, head, row, PADDED: tl.constexpr):
-    """Where the keys of a query's slices are, when these stand one behind the other: ``[PADDED]`` each, the first
-    and one past the last slot of every slice and its distance from the order; and how many slots there are."""
+    """Where the keys of a query's slices are, when these stand one behind the other: ``[PADDED]`` each, one past the
+    last slot of every slice and its distance from the order; and how many slots there are."""
     slot = tl.arange(0, PADDED)
     at = batch * slices.batch + head * slices.head + row.to(tl.int64) * slices.row + slot * slices.slot
     start = tl.load(slices.start + at, mask=slot < slices.slots, other=0)
     size = tl.maximum(tl.load(slices.end + at, mask=slot < slices.slots, other=0) - start, 0)
     after = tl.cumsum(size, 0)
-    return after - size, after, start - (after - size), tl.sum(size, 0)
+    return after, start - (after - size), tl.sum(size, 0)
 
 
 @triton.jit
 def sliced_keys(
-    order, slices, fixed, batch, row, position, before, after, shift, slots, num_keys, CAUSAL: tl.constexpr
+    order, slices, fixed, columns, batch, row, position, after, shift, sliced, slots, num_keys,
+    SLICES: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Keys in ``slots [S]`` of a query's slices, as `slices_of` gives them; -1 = none, or what another part has."""
-    # [S, P]
-    mine = (slots[:, None] >= before[None, :]) & (slots[:, None] < after[None, :])
-    inside = tl.max(mine.to(tl.int32), 1) > 0
-    place = slots + tl.sum(tl.where(mine, shift[None, :], 0), 1)
-    keys = without_columns(fixed, tl.load(order + place * slices.order_place, mask=inside, other=-1))
+    """Keys in ``slots [S]`` of a query's slices, of which `slices_of` gives ``after``, ``shift`` and ``sliced``; -1 =
+    none, or what another part has. ``columns``: the `first_columns`."""
+    inside = (slots >= 0) & (slots < sliced)
+    place = slots + tl.gather(shift, _no_more_than(after, slots, SLICES), 0)
+    keys = without_columns(fixed, columns, tl.load(order + place * slices.order_place, mask=inside, other=-1))
     first, last = band_of(fixed, position, num_keys)
     allowed = (keys >= 0) & ((keys < first) | (keys > last))
     if CAUSAL:

@@ -41,7 +41,7 @@ def rank_clusters(
         budget: the most keys that a query opens. most: the most clusters.
         spread: what the variances count; 0 = nothing, and ``clusters`` needs none.
         disjoint: ranges are of different parts of the numbering: whatever the queries, no range holds a cluster that
-            lies between others of another one. Few queries are ranked faster then on CUDA.
+            lies between others of another one. Ranking is faster then on CUDA.
         backend: ``"auto"``, ``"numba"`` (CPU), ``"triton"`` (CUDA) or ``"torch"``.
 
     Returns:
@@ -89,8 +89,9 @@ def rank_clusters(
         if reason is None:
             from ssa_framework.ops.rank_clusters import triton_cuda, triton_few_call
 
-            few = disjoint and q.shape[2] <= triton_few_call.FEW
-            return (triton_few_call if few else triton_cuda).rank(q, clusters, (low, high), budget, most, spread)
+            if disjoint and q.shape[2] <= triton_few_call.FEW:
+                return triton_few_call.rank(q, clusters, (low, high), budget, most, spread)
+            return triton_cuda.rank(q, clusters, (low, high), budget, most, spread, disjoint)
         if backend == "triton":
             raise BackendUnavailableError(f"backend 'triton' cannot rank here: {reason}; use backend='auto'")
     return torch_rank.rank(q, clusters, (low, high), budget, most, spread)

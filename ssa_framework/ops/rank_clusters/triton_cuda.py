@@ -56,7 +56,13 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def rank(
-    q: Tensor, clusters: Clusters, limits: tuple[Tensor, Tensor], budget: int, most: int, spread: float
+    q: Tensor,
+    clusters: Clusters,
+    limits: tuple[Tensor, Tensor],
+    budget: int,
+    most: int,
+    spread: float,
+    disjoint: bool = False,
 ) -> OpenedClusters:
     """See `ssa_framework.ops.rank_clusters.api.rank_clusters`."""
     batch, heads, queries, dim = q.shape
@@ -86,6 +92,7 @@ def rank(
         blocks, heads, kv_heads, items, queries, float(spread),
         D=dim, W=width, ROWS=tile.rows, CLUSTERS=tile.clusters, CAPACITY=capacity, KEPT=kept,
         SORTED=min(tile.rows, 32 * 32 * tile.warps // kept), PARTS=parts_of_queries(q),
+        DISJOINT=disjoint or low.shape[2] == 1,
         num_warps=tile.warps, num_stages=1,
     )  # fmt: skip
     return OpenedClusters(numbers, start, end)

@@ -19,7 +19,7 @@ LOWEST_ENTRY = tl.constexpr(-(2**63))
 LAST = tl.constexpr(2**31 - 1)
 _SIZE_BITS = tl.constexpr(255)  # of a bucket, the low ones: the size of its cluster, at most 255
 _ONE = tl.constexpr(1 << 20)  # added to a size, counts the buckets in a sum of sizes
-_STEPS = tl.constexpr(9)
+_STEPS = tl.constexpr(6)
 
 
 class Table(NamedTuple):
@@ -191,22 +191,30 @@ def _kept(entries, count, least, ROWS: tl.constexpr, CAPACITY: tl.constexpr, CHU
 
 
 @triton.jit
-def _most_of(entries, count, most, ROWS: tl.constexpr, CAPACITY: tl.constexpr, CHUNK: tl.constexpr):
-    """The entry of which ``most`` of a row are no smaller, int64 ``[ROWS]``; the lowest there is where the row has
-    fewer. By bisection: this is for the few rows with many nearly equal scores."""
+def _most_of(
+    entries, count, least, most, LIMIT: tl.constexpr, ROWS: tl.constexpr, CAPACITY: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """An entry, int64 ``[ROWS]``, that at least ``most`` and at most ``LIMIT`` entries of a row are no smaller than;
+    ``least`` where the row has no more than ``LIMIT``. By bisection: no two entries of a row are equal."""
     row = tl.arange(0, ROWS)[:, None] * CAPACITY
-    low = tl.full((ROWS,), LOWEST_ENTRY, tl.int64)
-    high = tl.full((ROWS,), -1, tl.int64) ^ LOWEST_ENTRY
-    for _ in range(64):
+    low = least
+    high = tl.full((ROWS,), LOWEST_ENTRY, tl.int64)
+    for first in range(0, tl.max(count, 0), CHUNK):
+        slot = first + tl.arange(0, CHUNK)[None, :]
+        entry = tl.load(entries + row + slot, mask=slot < count[:, None], other=LOWEST_ENTRY)
+        high = tl.maximum(high, tl.max(entry, 1) + 1)
+    many = count > LIMIT
+    while tl.max(many.to(tl.int32), 0) > 0:
         middle = (low & high) + ((low ^ high) >> 1)
         above = tl.zeros((ROWS,), tl.int32)
         for first in range(0, tl.max(count, 0), CHUNK):
             slot = first + tl.arange(0, CHUNK)[None, :]
             entry = tl.load(entries + row + slot, mask=slot < count[:, None], other=LOWEST_ENTRY)
             above += tl.sum((entry >= middle[:, None]).to(tl.int32), 1)
-        low = tl.where(above >= most, middle, low)
+        low = tl.where(many & (above >= most), middle, low)
         high = tl.where(above >= most, high, middle)
-    return tl.where(count >= most, low, LOWEST_ENTRY)
+        many = many & ((above < most) | (above > LIMIT))
+    return low
 
 
 @triton.jit
@@ -222,7 +230,7 @@ def _compress(scratch, most, LIMIT: tl.constexpr, ROWS: tl.constexpr, CAPACITY: 
     least = tl.load(scratch.bounds + row).to(tl.int64) << 32
     count = _kept(entries, count, least, ROWS, CAPACITY, CHUNK)
     if tl.max(count, 0) > LIMIT:
-        least = tl.maximum(least, _most_of(entries, count, most, ROWS, CAPACITY, CHUNK))
+        least = _most_of(entries, count, least, most, LIMIT, ROWS, CAPACITY, CHUNK)
         count = _kept(entries, count, least, ROWS, CAPACITY, CHUNK)
     tl.debug_barrier()
     tl.store(scratch.counts + row, count)
@@ -251,10 +259,10 @@ def rank_kernel(
     q, q_batch, q_head, q_row, q_dim, table, limits, opened, scratch, blocks, heads, kv_heads, items, num_queries,
     spread,
     D: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, CLUSTERS: tl.constexpr, CAPACITY: tl.constexpr,
-    KEPT: tl.constexpr, SORTED: tl.constexpr, PARTS: tl.constexpr,
+    KEPT: tl.constexpr, SORTED: tl.constexpr, PARTS: tl.constexpr, DISJOINT: tl.constexpr,
 ):  # fmt: skip
     """``opened``: int32 ``[B, G, N, most]``. A program takes every ``num_programs``-th of the ``items``, which are
-    ``blocks`` of ``ROWS`` queries of each head of each batch element."""
+    ``blocks`` of ``ROWS`` queries of each head of each batch element. ``DISJOINT``: no cluster is in two ranges."""
     rows = tl.arange(0, ROWS)
     slot = tl.arange(0, KEPT)[None, :]
     entries = scratch.entries + tl.program_id(0).to(tl.int64) * ROWS * CAPACITY
@@ -279,6 +287,7 @@ def rank_kernel(
         bound = tl.full((ROWS,), LOWEST + 1, tl.int32)
         buckets = tl.full((ROWS, CLUSTERS), LOWEST, tl.int32)
         count = tl.zeros((ROWS,), tl.int32)
+        most_entries = 0  # no row has more; a sum, since a maximum over rows takes a barrier
         tiles = 0
         for index in range(limits.ranges):
             low, high = limits_of(limits, index, batch, row, real, table.slots)
@@ -286,9 +295,10 @@ def rank_kernel(
             first = tl.min(tl.where(some, low, LAST), 0)
             last = tl.max(tl.where(some, high, 0), 0)
             repeats = 0
-            for earlier in range(index):
-                begin, end = limits_of(limits, earlier, batch, row, real, table.slots)
-                repeats += tl.sum((tl.maximum(begin, low) < tl.minimum(end, high)).to(tl.int32), 0)
+            if not DISJOINT:
+                for earlier in range(index):
+                    begin, end = limits_of(limits, earlier, batch, row, real, table.slots)
+                    repeats += tl.sum((tl.maximum(begin, low) < tl.minimum(end, high)).to(tl.int32), 0)
             for start in range(first, last, CLUSTERS):
                 number = start + tl.arange(0, CLUSTERS)
                 size = tl.load(sizes + number, mask=number < last, other=0)
@@ -311,12 +321,16 @@ def rank_kernel(
                 entry = (ordered.to(tl.int64) << 32) | (number ^ 0x7FFFFFFF)[None, :].to(tl.int64)
                 tl.store(entries + to, entry, mask=passes)
                 count += tl.sum(passes.to(tl.int32), 1)
-                if tl.max(count, 0) > CAPACITY - CLUSTERS:
-                    tl.store(counts + rows, count)
-                    tl.store(bounds + rows, _raised(bound, buckets, opened.budget, opened.most))
-                    _compress(scratch, opened.most, CAPACITY - CLUSTERS, ROWS, CAPACITY, CLUSTERS)
-                    count = tl.load(counts + rows)
-                    bound = tl.load(bounds + rows)
+                most_entries += CLUSTERS
+                if most_entries > CAPACITY - CLUSTERS:
+                    most_entries = tl.max(count, 0)
+                    if most_entries > CAPACITY - CLUSTERS:
+                        tl.store(counts + rows, count)
+                        tl.store(bounds + rows, _raised(bound, buckets, opened.budget, opened.most))
+                        _compress(scratch, opened.most, CAPACITY - CLUSTERS, ROWS, CAPACITY, CLUSTERS)
+                        count = tl.load(counts + rows)
+                        bound = tl.load(bounds + rows)
+                        most_entries = tl.max(count, 0)
         tl.store(counts + rows, count)
         tl.store(bounds + rows, _raised(bound, buckets, opened.budget, opened.most))
         _compress(scratch, opened.most, KEPT, ROWS, CAPACITY, CLUSTERS)
