@@ -7,6 +7,7 @@ import warnings
 import weakref
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -202,7 +203,7 @@ class Router(nn.Module):
     ) -> NeighborGraph:
         """`forward` with a given ``dense_below``, and unobserved. ``partial``, ``spread``: see `RoutingContext`."""
         inputs = dict(source_inputs or {})
-        unknown = set(inputs) - set(self.sources)
+        unknown = inputs.keys() - self.sources.keys()
         if unknown:
             raise ConfigError(
                 f"source_inputs name {', '.join(sorted(unknown))}; the sources of this layer: {', '.join(self.sources)}"
@@ -216,7 +217,8 @@ class Router(nn.Module):
         if k.shape[2] and (dense_below or 0) > k.shape[2]:
             return self._full_graph(q, k, mask, {}, credit="dense")
         # Routing decides by comparing numbers, so it keeps the precision of what it is given.
-        with torch.autocast(q.device.type, enabled=False):
+        enabled = torch.is_autocast_enabled(q.device.type)
+        with torch.autocast(q.device.type, enabled=False) if enabled else nullcontext():
             return self._build(
                 q, k, mask, active, inputs, may_be_dense=dense_below != 0, cache=cache, partial=partial, spread=spread
             )
@@ -258,16 +260,17 @@ class Router(nn.Module):
         keys = k.shape[2]
         routing_q = self._routing_queries(q, k)
         collected = self._collect(routing_q, k, mask, active, inputs, cache, partial, spread)
-        records = {name: SourceRecord() for name in active if name in {n for n, _ in collected}}
-        for name, proposal in collected:
-            if isinstance(proposal, Band):
-                records[name] = replace(records[name], band=_unite([_clip(proposal, mask.causal), records[name].band]))
-            elif isinstance(proposal, Columns):
-                records[name] = replace(records[name], columns=unite_columns([proposal], q.device))
-        band = _unite([r.band for r in records.values()])
-        proposed_columns = [p for _, p in collected if isinstance(p, Columns)]
-        columns = unite_columns(proposed_columns, q.device)
-        waiting = sum(max(p.slots - len(p.positions), 0) for p in proposed_columns)
+        bands = [(name, _clip(p, mask.causal)) for name, p in collected if isinstance(p, Band)]
+        proposed_columns = [(name, p) for name, p in collected if isinstance(p, Columns)]
+        records: dict[str, SourceRecord] = {}
+        for name, _ in collected:
+            if name not in records:
+                its = _unite([b for owner, b in bands if owner == name])
+                some = [p for owner, p in proposed_columns if owner == name]
+                records[name] = SourceRecord(band=its, columns=unite_columns(some, q.device))
+        band = _unite([b for _, b in bands])
+        columns = unite_columns([p for _, p in proposed_columns], q.device)
+        waiting = sum([max(p.slots - len(p.positions), 0) for _, p in proposed_columns])
         budget = self.layer.num_neighbors - _width(band, columns, keys) - waiting
         everything = self._proposer_of_everything(collected, keys)
         if everything is not None and may_be_dense:
@@ -284,10 +287,13 @@ class Router(nn.Module):
                 BudgetWarning,
                 stacklevel=2,
             )
-        eligible = Eligible(mask, q.shape[1], keys, band, columns, zero_padding=cache is not None)
-        selection = select_neighbors(routing_q, k.detach(), listed, eligible, max(1, budget), backend=self.backend)
-        for p in listed:
-            records[p.owner] = _with_selected(records[p.owner], p, selection)
+        neighbors = None
+        if listed:
+            eligible = Eligible(mask, q.shape[1], keys, band, columns, zero_padding=cache is not None)
+            selection = select_neighbors(routing_q, k.detach(), listed, eligible, max(1, budget), backend=self.backend)
+            neighbors = selection.neighbors
+            for p in listed:
+                records[p.owner] = _with_selected(records[p.owner], p, selection)
         spans, slices = (None, None) if whole is None else (whole.spans, whole.slices)
         summaries = self._summaries(collected, mask, columns, cache)
         for name in records:
@@ -307,7 +313,7 @@ class Router(nn.Module):
             mask=mask,
             band=band,
             columns=columns,
-            neighbors=selection.neighbors,
+            neighbors=neighbors,
             spans=spans,
             slices=slices,
             summaries=summaries,
