@@ -105,7 +105,7 @@ def attend_last(
     # what is kept must not be tensors of inference mode, which nobody may write to outside of it
     outside = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
     with outside, torch.no_grad():
-        for start, stop in _pieces(before, q.shape[2], router.dense_below_in_cache):
+        for start, stop in _pieces(before, q.shape[2], router.dense_below_in_cache(q.device)):
             whole = stop - start == q.shape[2]
             some, length = q if whole else q[:, :, start:stop], before + stop
             keys, values, keep = k, v, key_keep

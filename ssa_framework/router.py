@@ -39,8 +39,9 @@ from ssa_framework.registry import SourceRegistry, default_registry
 from ssa_framework.source import LayerSpec, NeighborSource, RoutingContext, SpreadSegments, create_source
 from ssa_framework.summaries import clean_summaries
 
-DENSE_BELOW_IN_CACHE = 2048
-"""What ``dense_below="auto"`` means where queries attend to a cache."""
+DENSE_BELOW_IN_CACHE: Mapping[str, int] = {"cpu": 4096, "cuda": 32768}
+"""What ``dense_below="auto"`` means where queries attend to a cache, by kind of device: about the length from which a
+token of a model is faster sparse. Other kinds count as a CPU."""
 
 _numbers = itertools.count(2)  # a size of 0 or 1 would be a constant of a compiled program
 _routers: weakref.WeakValueDictionary[int, Router] = weakref.WeakValueDictionary()
@@ -174,7 +175,7 @@ class Router(nn.Module):
         dense_below = self.dense_below
         if cache is not None:
             cache.bind(self)
-            dense_below = self.dense_below_in_cache
+            dense_below = self.dense_below_in_cache(k.device)
         elif dense_below == "auto":
             dense = not source_inputs and faster_dense(self, q, k, causal=mask.causal, cross=cross)
             dense_below = k.shape[2] + 1 if dense else None
@@ -182,11 +183,12 @@ class Router(nn.Module):
         self.registry.graph_built(graph, self.layer)
         return graph
 
-    @property
-    def dense_below_in_cache(self) -> int | None:
+    def dense_below_in_cache(self, device: torch.device) -> int | None:
         """``dense_below`` for queries on a cache: ``"auto"`` is a fixed number there, since what is faster depends on
         how many queries come at once, and the result must not."""
-        return DENSE_BELOW_IN_CACHE if self.dense_below == "auto" else self.dense_below
+        if self.dense_below != "auto":
+            return self.dense_below
+        return DENSE_BELOW_IN_CACHE.get(device.type, DENSE_BELOW_IN_CACHE["cpu"])
 
     def route(
         self,

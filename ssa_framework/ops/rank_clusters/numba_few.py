@@ -79,8 +79,8 @@ def rank_few(
 
     Args:
         q: float32 ``[B · G, N, D]``. start, size: int32 ``[B · Hkv, S]``. first, stop: int32 ``[B or 1, N, R]``,
-            segments. group: graph heads per KV head. heads: G. out: int32 ``[3, B · G, N, most]``, their numbers and the
-            starts and ends of their keys.
+            segments. group: graph heads per KV head. heads: G. out: int32 ``[3, B · G, N, most]``, their numbers, and
+            where their keys start and end.
     """
     opened, begins, ends = out[0], out[1], out[2]
     for head in range(begin_head, end_head):
