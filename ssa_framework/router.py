@@ -39,9 +39,9 @@ from ssa_framework.registry import SourceRegistry, default_registry
 from ssa_framework.source import LayerSpec, NeighborSource, RoutingContext, SpreadSegments, create_source
 from ssa_framework.summaries import clean_summaries
 
-DENSE_BELOW_IN_CACHE: Mapping[str, int] = {"cpu": 4096, "cuda": 32768}
-"""What ``dense_below="auto"`` means where queries attend to a cache, by kind of device: about the length from which a
-token of a model is faster sparse. Other kinds count as a CPU."""
+DENSE_BELOW_IN_CACHE: Mapping[str, int] = {"cpu": 6144, "cuda": 32768}
+"""What ``dense_below="auto"`` means where queries attend to a cache, by kind of device: a token is faster sparse from
+there on, by so much that this soon pays for the index states of the keys before. Other kinds count as a CPU."""
 
 _numbers = itertools.count(2)  # a size of 0 or 1 would be a constant of a compiled program
 _routers: weakref.WeakValueDictionary[int, Router] = weakref.WeakValueDictionary()
