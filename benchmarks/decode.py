@@ -41,7 +41,8 @@ SAMPLE = 3000
 """Tokens of the check; enough for clusters of two levels."""
 MIXES = {
     **{f"preset {name}": SSAConfig.preset(name, causal=True).sources for name in ("fast", "balanced", "quality")},
-    "lsh": None,  # the default sources
+    "lsh": SSAConfig().source_mix,  # the default sources
+    "lean": {"self": {}, "window": {"size": 8}, "global": {"tokens": 2}, "lsh": {"rounds": 4, "candidates": 64}},
     "window": {"window": {"size": 128}},
 }
 COLUMNS = [
@@ -120,14 +121,18 @@ def main(
     seconds: Annotated[float, typer.Option(help="of each measurement")] = 2.0,
     threads: Annotated[int, typer.Option(help="threads")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    check_only: Annotated[bool, typer.Option(help="with --device cuda: measure nothing")] = False,
 ) -> None:
     """Measure single steps of decoding."""
+    chosen = mixes or list(MIXES)
     if device == "cuda":
-        names = mixes or [name for name in MIXES if MIXES[name] is not None]  # the default mix rebuilds
-        gpu_decode.run(out, {name: MIXES[name] or {} for name in names}, [n for n in LENGTHS if n <= longest])
+        named = {name: MIXES[name] for name in chosen}
+        if not check_only:
+            gpu_decode.run(out, named, [n for n in LENGTHS if n <= longest])
+        elif gpu_decode.failures(named):
+            raise typer.Exit(1)
         return
     torch.set_num_threads(threads)
-    chosen = mixes or list(MIXES)
     for mix in track(chosen, "checking"):
         check(mix)
     cases = [(mix, length) for length in LENGTHS if length <= longest for mix in chosen]

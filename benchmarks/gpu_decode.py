@@ -4,8 +4,11 @@ Run by `decode.py --device cuda`. Steps are timed one by one with events, plain 
 is the fastest of torch's kernels that serve one query. The L2 cache is overwritten before every step, sparse or
 dense, since other layers would do that. *Called*: from the first launch to the end of the last one, host included.
 *Captured*: replays of CUDA graphs, for the dense step too, host included. *Device*: the same replays where the host is
-ahead of the device, as in a model whose layers follow one another. A case is checked before it is timed: captured and
-plain steps against one call with all tokens, and a step at full length against the backend ``torch`` in float32.
+ahead of the device, as in a model whose layers follow one another. A case is checked before it is timed: single
+tokens, plain and captured, and chunks against one call with all tokens, and a step at full length against the backend
+``torch`` in float32.
+
+    python benchmarks/decode.py --device cuda --check-only --mix lsh --mix lean    # nothing but the first check
 """
 
 from __future__ import annotations
@@ -33,6 +36,10 @@ from ssa_framework.router import Router
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 SAMPLE, CHECKED, STEPS, WARM_STEPS = 3000, 300, 100, 40
+CHUNKS = (100, 1, 64, 15, 120)
+MOST_OTHER_ROWS = 0.01
+"""Share of the outputs of single heads that may differ under ``lsh``: kernels for many keys and for few round
+projections in their own way, so that one that is next to zero may give a key another bit."""
 KERNELS = (
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -53,25 +60,33 @@ def config(sources: Mapping[str, Mapping[str, Any]]) -> SSAConfig:
 
 
 def random_tokens(length: int, seed: int) -> list[Tensor]:
-    generator = torch.Generator("cuda").manual_seed(seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(seed)
     shapes = [(1, heads, length, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-    return [torch.randn(s, generator=generator, device="cuda", dtype=torch.bfloat16) for s in shapes]
+    return [torch.randn(s, generator=generator, device=device, dtype=torch.bfloat16) for s in shapes]
 
 
 def check(sources: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise where plain or captured steps give anything else than one call."""
-    tokens, router = random_tokens(SAMPLE, 0), Router(config(sources)).cuda()
+    """Raise where tokens, plain or captured, or chunks give anything else than one call."""
+    tokens = random_tokens(SAMPLE, 0)
+    router = Router(config(sources)).to(tokens[0].device)
     whole, _ = attend_cached(router, LayerCache(), *tokens)
-    for captured in (False, True):
-        cache, first = LayerCache(), SAMPLE - CHECKED
-        attend_cached(router, cache, *(x[:, :, :first] for x in tokens))
-        steps = CapturedSteps(router, cache)
-        for place in range(first, SAMPLE):
-            new = [x[:, :, place : place + 1] for x in tokens]
-            out = steps(*new) if captured else attend_cached(router, cache, *new)[0]
-            torch.testing.assert_close(out, whole[:, :, place : place + 1], rtol=2e-2, atol=1e-2)
-        if captured:
+    ways: dict[str, tuple[int, ...]] = {"tokens": (1,) * CHECKED, "chunks": CHUNKS, "captured": (1,) * CHECKED}
+    for way, lengths in ways.items():
+        cache, place = LayerCache(), SAMPLE - CHECKED
+        attend_cached(router, cache, *(x[:, :, :place] for x in tokens))
+        steps, outs = CapturedSteps(router, cache), []
+        for length in lengths:
+            new = [x[:, :, place : place + length] for x in tokens]
+            outs.append(steps(*new) if way == "captured" else attend_cached(router, cache, *new)[0])
+            place += length
+        got, want = torch.cat(outs, dim=2).float(), whole[:, :, -CHECKED:].float()
+        others = float((~torch.isclose(got, want, rtol=2e-2, atol=1e-2)).any(-1).float().mean())
+        print(f"  {way}: {others:.3%} of the outputs differ from those of one call", flush=True)
+        if way == "captured":
             print(f"  {steps.captures} captures, {steps.replays} replays of {CHECKED} steps", flush=True)
+        if not others <= (MOST_OTHER_ROWS if "lsh" in sources else 0.0) or not bool(got.isfinite().all()):
+            raise RuntimeError(f"{way}: {others:.2%} of the outputs differ from those of one call")
 
 
 def median_ms(step: Callable[[], object], *, ahead: bool = False) -> float:
@@ -160,8 +175,8 @@ def write(out: Path, rows: Sequence[Mapping[str, object]]) -> None:
         writer.writerows(rows)
 
 
-def run(out: Path, mixes: Mapping[str, Mapping[str, Mapping[str, Any]]], lengths: Sequence[int]) -> None:
-    """Measure all cases and write a CSV; a case that fails says why in its row."""
+def failures(mixes: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, str]:
+    """What `check` says of each mix that does not pass."""
     wrong: dict[str, str] = {}
     for mix, sources in mixes.items():
         print(f"checking {mix}", flush=True)
@@ -170,6 +185,12 @@ def run(out: Path, mixes: Mapping[str, Mapping[str, Mapping[str, Any]]], lengths
         except Exception as error:  # noqa: BLE001  the other cases are worth measuring all the same
             traceback.print_exc()
             wrong[mix] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return wrong
+
+
+def run(out: Path, mixes: Mapping[str, Mapping[str, Mapping[str, Any]]], lengths: Sequence[int]) -> None:
+    """Measure all cases and write a CSV; a case that fails says why in its row."""
+    wrong = failures(mixes)
     rows = []
     for length in sorted(lengths, reverse=True):
         dense = dict(dense_times(length))

@@ -106,12 +106,12 @@ class IndexStates:
             index = self._indices[name] = _Index(source, source.init_state(ctx), 0, KnownTensors())
         if index.state is None:
             return ctx
-        ctx = replace(ctx, state=index.state)
         if index.length < ctx.num_keys and not self.steady:
-            index.state = source.append(index.state, replace(ctx, first_new=index.length))
-            index.length = ctx.num_keys
-            ctx = replace(ctx, state=index.state)
-        return ctx
+            new = replace(ctx, state=index.state, first_new=index.length)
+            index.state, index.length = source.append(index.state, new), ctx.num_keys
+            if index.state is new.state:
+                return new
+        return replace(ctx, state=index.state)
 
     def steady_steps(self, length: int) -> int:
         """For how many tokens behind the first ``length`` all sources propose by positions alone; see

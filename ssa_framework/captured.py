@@ -112,7 +112,7 @@ class CapturedSteps:
         rooms = cache.rooms
         if rooms is None or not _may_be_captured(q) or q.shape[2] != 1 or not q.numel():
             return 0
-        dense = (router.dense_below_in_cache or 0) > cache.length + 1
+        dense = (router.dense_below_in_cache(q.device) or 0) > cache.length + 1
         if dense or cache.key_keep is not None or router.audit_options is not None or cache.owner is not router:
             return 0
         return min(cache.states.steady_steps(cache.length), rooms[0].shape[2] - cache.length)

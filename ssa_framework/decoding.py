@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -102,8 +103,9 @@ def attend_last(
     """
     before, outs, graph = k.shape[2] - q.shape[2], [], None
     # what is kept must not be tensors of inference mode, which nobody may write to outside of it
-    with torch.inference_mode(False), torch.no_grad():
-        for start, stop in _pieces(before, q.shape[2], router.dense_below_in_cache):
+    outside = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+    with outside, torch.no_grad():
+        for start, stop in _pieces(before, q.shape[2], router.dense_below_in_cache(q.device)):
             whole = stop - start == q.shape[2]
             some, length = q if whole else q[:, :, start:stop], before + stop
             keys, values, keep = k, v, key_keep

@@ -56,13 +56,13 @@ class GrowingTensor:
             there.copy_(used[here])
 
     def _make_room(self, like: Tensor, length: int, spare: int) -> None:
+        present = None if self.room is None else self.room.shape[self.axis]
+        if present is not None and length <= present:
+            return
         shape = list(like.shape)
-        if self.room is None:
+        if present is None:
             shape[self.axis] = length + max(spare, _SMALLEST_ROOM, length // 8)
         else:
-            present = self.room.shape[self.axis]
-            if length <= present:
-                return
             shape[self.axis] = max(length + spare, 2 * present if present < _DOUBLED else present + present // 4)
         room = torch.zeros(shape, dtype=like.dtype, device=like.device)
         if self.room is not None:

@@ -163,12 +163,15 @@ class KnownTensors:
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[Tensor, int]] = {}
+        self._intervals: dict[str, tuple[Tensor, Tensor, int, int, int]] = {}
         self.passed = False
         """Whether proposals of the source were looked at in every respect."""
 
-    def unchecked(self, tensor: Tensor, what: str) -> Tensor:
-        """The part of ``tensor`` along its last axis that was not looked at yet."""
+    def unchecked(self, tensor: Tensor, what: str) -> Tensor | None:
+        """The part of ``tensor`` along its last axis that was not looked at yet; ``None``: all of it was."""
         known = self._known.get(what)
+        if known is not None and known[0] is tensor and known[1] == tensor._version:
+            return None
         # the tensor that is kept here holds its memory, so no other can have its address
         self._known[what] = (tensor, tensor._version)
         if known is None or known[1] != tensor._version or known[0].data_ptr() != tensor.data_ptr():
@@ -177,8 +180,23 @@ class KnownTensors:
         length = known[0].shape[-1]
         return tensor[..., length:] if same and length <= tensor.shape[-1] else tensor
 
+    def has_interval(self, first: Tensor, last: Tensor, high: int, what: str) -> bool:
+        """Whether the last bounds that passed are these very tensors, below the same ``high``."""
+        known = self._intervals.get(what)
+        if known is None or known[0] is not first or known[1] is not last:
+            return False
+        return known[2:] == (first._version, last._version, high)
+
+    def keep_interval(self, first: Tensor, last: Tensor, high: int, what: str) -> None:
+        if not (first.is_inference() or last.is_inference()):  # those do not tell when they change
+            self._intervals[what] = first, last, first._version, last._version, high
+
 
 Proposal: TypeAlias = Band | Columns | Spans | Candidates | Ranges | Summaries
+
+
+def _int32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.int32 else tensor.to(torch.int32)
 
 
 def _check_integer(tensor: object, what: str, source: str) -> Tensor:
@@ -191,9 +209,10 @@ def _check_integer(tensor: object, what: str, source: str) -> Tensor:
 
 def _check_shape(tensor: Tensor, sizes: tuple[tuple[str, int | None], ...], what: str, source: str) -> None:
     """Every dimension is its size or 1; ``None`` is free."""
-    fits = tensor.dim() == len(sizes) and all(
-        size is None or actual in (1, size) for actual, (_, size) in zip(tensor.shape, sizes, strict=True)
-    )
+    fits = tensor.dim() == len(sizes)
+    if fits:
+        for actual, (_, size) in zip(tensor.shape, sizes, strict=True):
+            fits = fits and (size is None or actual in (1, size))
     if not fits:
         want = ", ".join(name if size is None else f"{name}={size} or 1" for name, size in sizes)
         raise ProposalError(f"source {source!r}: {what} must have shape [{want}], got {list(tensor.shape)}")
@@ -219,11 +238,11 @@ def _check_bounds(
 ) -> None:
     if trusted:
         return
-    if known is not None:
-        tensor = known.unchecked(tensor, what)
-    if tensor.numel() == 0:
+    unknown = tensor if known is None else known.unchecked(tensor, what)
+    if unknown is None or unknown.numel() == 0:
         return
-    if tensor.numel() <= _SMALL and tensor.device.type == "cpu":  # NumPy starts faster, which a decode step is full of
+    tensor = unknown
+    if _starts_fast(tensor):
         numbers = tensor.numpy()
         if low <= numbers.min() and numbers.max() <= high:
             return
@@ -234,6 +253,28 @@ def _check_bounds(
             f"source {source!r}: {what} must lie in [{low}, {high}], got values in [{int(smallest)}, {int(largest)}]"
         ),
     )
+
+
+def _starts_fast(tensor: Tensor) -> bool:
+    """Whether NumPy looks at it sooner than torch, which counts in a decode step."""
+    return tensor.numel() <= _SMALL and tensor.device.type == "cpu"
+
+
+def _check_interval(first: Tensor, last: Tensor, high: int, names: tuple[str, str], call: _Call) -> None:
+    """``0 <= first <= last <= high``; shapes broadcast."""
+    if call.trusted or (call.known is not None and call.known.has_interval(first, last, high, names[0])):
+        return
+    if _starts_fast(first) and _starts_fast(last) and first.numel() and last.numel():
+        low, up = first.numpy(), last.numpy()
+        holds = low.min() >= 0 and up.max() <= high and bool((low <= up).all())
+    else:
+        holds = False
+    if not holds:  # or it is not known yet
+        for bound, name in zip((first, last), names, strict=True):
+            _check_bounds(bound, 0, high, name, call.source)
+        require((first <= last).all(), lambda: f"source {call.source!r}: {names[0]} must not exceed {names[1]}")
+    if call.known is not None:
+        call.known.keep_interval(first, last, high, names[0])
 
 
 def _check_device(tensor: Tensor, device: torch.device, what: str, source: str) -> None:
@@ -308,7 +349,7 @@ def _validate(proposal: object, call: _Call) -> Proposal:
                 f"source {source!r}: Candidates.scores must be floating point of shape {list(indices.shape)}, "
                 f"got {scores.dtype} {list(scores.shape)}"
             )
-        return Candidates(indices.to(torch.int32), scores, proposal.guaranteed, proposal.keys_scored)
+        return Candidates(_int32(indices), scores, proposal.guaranteed, proposal.keys_scored)
     if isinstance(proposal, Ranges):
         return _validate_ranges(proposal, call)
     if isinstance(proposal, Spans):
@@ -336,13 +377,11 @@ def _validate_interval(
                 f"source {source!r}: {name} must have shape [B={batch} or 1, {wanted}], got {list(bound.shape)}"
             )
         _check_device(bound, call.device, name, source)
-        _check_bounds(bound, 0, high, name, source, trusted=call.trusted)
     first, last = bounds
+    _check_interval(first, last, high, names, call)
     if first.shape != last.shape:
         first, last = torch.broadcast_tensors(first, last)
-    if not call.trusted:
-        require((first <= last).all(), lambda: f"source {source!r}: {names[0]} must not exceed {names[1]}")
-    return first.to(torch.int32), last.to(torch.int32)
+    return _int32(first), _int32(last)
 
 
 def _validate_summaries(summaries: Summaries, call: _Call) -> Summaries:
@@ -368,8 +407,8 @@ def _validate_summaries(summaries: Summaries, call: _Call) -> Summaries:
         _check_shape(opened, (*call.lead, ("N", call.queries), ("P", None)), "Summaries.opened", source)
         _check_device(opened, call.device, "Summaries.opened", source)
         _check_bounds(opened, -1, count - 1, "Summaries.opened", source, trusted=call.trusted)
-        opened = opened.to(torch.int32)
-    return Summaries(members.to(torch.int32), count, first, stop, opened, seen=summaries.seen)
+        opened = _int32(opened)
+    return Summaries(_int32(members), count, first, stop, opened, seen=summaries.seen)
 
 
 def _validate_columns(columns: Columns, call: _Call) -> Columns:
@@ -383,7 +422,7 @@ def _validate_columns(columns: Columns, call: _Call) -> Columns:
             )
         _check_device(positions, call.device, "Columns.positions", source)
         _check_bounds(positions, 0, keys - 1, "Columns.positions", source)
-        return Columns(positions.to(torch.int32), columns.slots)
+        return Columns(_int32(positions), columns.slots)
     wrong = [p for p in positions if isinstance(p, bool) or not isinstance(p, int) or not 0 <= p < keys]
     if wrong:
         raise ProposalError(
@@ -426,7 +465,7 @@ def _validate_ranges(ranges: Ranges, call: _Call) -> Ranges:
         _check_shape(order, (call.lead[0], heads, ("S", None), ("L", None)), "Ranges.order", source)
         _check_device(order, call.device, "Ranges.order", source)
         _check_bounds(order, 0, call.keys - 1, "Ranges.order", source, call.known)
-        order = order.to(torch.int32)
+        order = _int32(order)
         orders, length = order.shape[2], order.shape[3]
     if ranges.start is None or ranges.end is None:
         return Ranges(order, None, None, ranges.attend, ranges.limit)
@@ -440,11 +479,9 @@ def _validate_ranges(ranges: Ranges, call: _Call) -> Ranges:
                 f"source {source!r}: {what} has {tensor.shape[3]} orders in dimension 3, Ranges.order has {orders}"
             )
         _check_device(tensor, call.device, what, source)
-        _check_bounds(tensor, 0, length, what, source, trusted=call.trusted)
     if start.shape != end.shape:
         raise ProposalError(
             f"source {source!r}: Ranges.start {list(start.shape)} and Ranges.end {list(end.shape)} differ in shape"
         )
-    if not call.trusted:
-        require((start <= end).all(), lambda: f"source {source!r}: Ranges.start must not exceed Ranges.end")
-    return Ranges(order, start.to(torch.int32), end.to(torch.int32), ranges.attend, ranges.limit)
+    _check_interval(start, end, length, ("Ranges.start", "Ranges.end"), call)
+    return Ranges(order, _int32(start), _int32(end), ranges.attend, ranges.limit)

@@ -7,6 +7,7 @@ import warnings
 import weakref
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,8 +39,9 @@ from ssa_framework.registry import SourceRegistry, default_registry
 from ssa_framework.source import LayerSpec, NeighborSource, RoutingContext, SpreadSegments, create_source
 from ssa_framework.summaries import clean_summaries
 
-DENSE_BELOW_IN_CACHE = 2048
-"""What ``dense_below="auto"`` means where queries attend to a cache."""
+DENSE_BELOW_IN_CACHE: Mapping[str, int] = {"cpu": 6144, "cuda": 32768}
+"""What ``dense_below="auto"`` means where queries attend to a cache, by kind of device: a token is faster sparse from
+there on, by so much that this soon pays for the index states of the keys before. Other kinds count as a CPU."""
 
 _numbers = itertools.count(2)  # a size of 0 or 1 would be a constant of a compiled program
 _routers: weakref.WeakValueDictionary[int, Router] = weakref.WeakValueDictionary()
@@ -173,7 +175,7 @@ class Router(nn.Module):
         dense_below = self.dense_below
         if cache is not None:
             cache.bind(self)
-            dense_below = self.dense_below_in_cache
+            dense_below = self.dense_below_in_cache(k.device)
         elif dense_below == "auto":
             dense = not source_inputs and faster_dense(self, q, k, causal=mask.causal, cross=cross)
             dense_below = k.shape[2] + 1 if dense else None
@@ -181,11 +183,12 @@ class Router(nn.Module):
         self.registry.graph_built(graph, self.layer)
         return graph
 
-    @property
-    def dense_below_in_cache(self) -> int | None:
+    def dense_below_in_cache(self, device: torch.device) -> int | None:
         """``dense_below`` for queries on a cache: ``"auto"`` is a fixed number there, since what is faster depends on
         how many queries come at once, and the result must not."""
-        return DENSE_BELOW_IN_CACHE if self.dense_below == "auto" else self.dense_below
+        if self.dense_below != "auto":
+            return self.dense_below
+        return DENSE_BELOW_IN_CACHE.get(device.type, DENSE_BELOW_IN_CACHE["cpu"])
 
     def route(
         self,
@@ -202,7 +205,7 @@ class Router(nn.Module):
     ) -> NeighborGraph:
         """`forward` with a given ``dense_below``, and unobserved. ``partial``, ``spread``: see `RoutingContext`."""
         inputs = dict(source_inputs or {})
-        unknown = set(inputs) - set(self.sources)
+        unknown = inputs.keys() - self.sources.keys()
         if unknown:
             raise ConfigError(
                 f"source_inputs name {', '.join(sorted(unknown))}; the sources of this layer: {', '.join(self.sources)}"
@@ -216,7 +219,8 @@ class Router(nn.Module):
         if k.shape[2] and (dense_below or 0) > k.shape[2]:
             return self._full_graph(q, k, mask, {}, credit="dense")
         # Routing decides by comparing numbers, so it keeps the precision of what it is given.
-        with torch.autocast(q.device.type, enabled=False):
+        enabled = torch.is_autocast_enabled(q.device.type)
+        with torch.autocast(q.device.type, enabled=False) if enabled else nullcontext():
             return self._build(
                 q, k, mask, active, inputs, may_be_dense=dense_below != 0, cache=cache, partial=partial, spread=spread
             )
@@ -258,16 +262,17 @@ class Router(nn.Module):
         keys = k.shape[2]
         routing_q = self._routing_queries(q, k)
         collected = self._collect(routing_q, k, mask, active, inputs, cache, partial, spread)
-        records = {name: SourceRecord() for name in active if name in {n for n, _ in collected}}
-        for name, proposal in collected:
-            if isinstance(proposal, Band):
-                records[name] = replace(records[name], band=_unite([_clip(proposal, mask.causal), records[name].band]))
-            elif isinstance(proposal, Columns):
-                records[name] = replace(records[name], columns=unite_columns([proposal], q.device))
-        band = _unite([r.band for r in records.values()])
-        proposed_columns = [p for _, p in collected if isinstance(p, Columns)]
-        columns = unite_columns(proposed_columns, q.device)
-        waiting = sum(max(p.slots - len(p.positions), 0) for p in proposed_columns)
+        bands = [(name, _clip(p, mask.causal)) for name, p in collected if isinstance(p, Band)]
+        proposed_columns = [(name, p) for name, p in collected if isinstance(p, Columns)]
+        records: dict[str, SourceRecord] = {}
+        for name, _ in collected:
+            if name not in records:
+                its = _unite([b for owner, b in bands if owner == name])
+                some = [p for owner, p in proposed_columns if owner == name]
+                records[name] = SourceRecord(band=its, columns=unite_columns(some, q.device))
+        band = _unite([b for _, b in bands])
+        columns = unite_columns([p for _, p in proposed_columns], q.device)
+        waiting = sum([max(p.slots - len(p.positions), 0) for _, p in proposed_columns])
         budget = self.layer.num_neighbors - _width(band, columns, keys) - waiting
         everything = self._proposer_of_everything(collected, keys)
         if everything is not None and may_be_dense:
@@ -284,10 +289,13 @@ class Router(nn.Module):
                 BudgetWarning,
                 stacklevel=2,
             )
-        eligible = Eligible(mask, q.shape[1], keys, band, columns, zero_padding=cache is not None)
-        selection = select_neighbors(routing_q, k.detach(), listed, eligible, max(1, budget), backend=self.backend)
-        for p in listed:
-            records[p.owner] = _with_selected(records[p.owner], p, selection)
+        neighbors = None
+        if listed:
+            eligible = Eligible(mask, q.shape[1], keys, band, columns, zero_padding=cache is not None)
+            selection = select_neighbors(routing_q, k.detach(), listed, eligible, max(1, budget), backend=self.backend)
+            neighbors = selection.neighbors
+            for p in listed:
+                records[p.owner] = _with_selected(records[p.owner], p, selection)
         spans, slices = (None, None) if whole is None else (whole.spans, whole.slices)
         summaries = self._summaries(collected, mask, columns, cache)
         for name in records:
@@ -307,7 +315,7 @@ class Router(nn.Module):
             mask=mask,
             band=band,
             columns=columns,
-            neighbors=selection.neighbors,
+            neighbors=neighbors,
             spans=spans,
             slices=slices,
             summaries=summaries,

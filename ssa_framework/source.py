@@ -108,7 +108,7 @@ class RoutingContext:
         decoding: the call is one of several on a cache: the queries are the last tokens of the keys, and what is
             proposed for them must not depend on how the tokens were cut into calls.
         state: what the source keeps in that cache, of all keys; ``None`` where it keeps nothing.
-        first_new: in `NeighborSource.append`, the first key that the state does not hold yet.
+        first_new: in `NeighborSource.append`, the first key that the state does not hold yet; means nothing elsewhere.
         partial: the queries are some of those of the whole call, the ones at ``positions``: the other ranks of a
             context-parallel group have the rest.
         first_graph_head: the number of the first graph head in the layer; above 0 where tensor parallelism gave those

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import ssa_framework.router as router_module
 from ssa_framework import (
     CachedGraphSparseTransformer,
     LayerCache,
@@ -219,6 +220,20 @@ def test_dense_attention_of_short_caches(dense_below: Any) -> None:
     dense = torch.nn.functional.scaled_dot_product_attention(*tokens, is_causal=True, enable_gqa=True)
     torch.testing.assert_close(one[:, :, :few], dense[:, :, :few], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(one[:, :, few:], sparse[:, :, few:], rtol=1e-4, atol=1e-5)
+
+
+def test_automatic_dense_attention_is_a_number_for_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However tokens are cut into calls, the same queries are dense: those with so few keys."""
+    monkeypatch.setattr(router_module, "DENSE_BELOW_IN_CACHE", {"cpu": 50, "cuda": 90})
+    automatic, fixed = (Router(config("preset", dense_below=below)) for below in ("auto", 50))
+    numbers = [automatic.dense_below_in_cache(torch.device(kind)) for kind in ("cpu", "cuda", "xpu")]
+    assert numbers == [50, 90, 50]
+    assert fixed.dense_below_in_cache(torch.device("cuda")) == 50
+    tokens = make_tokens()
+    want, _ = decode(fixed, LayerCache(), tokens, [LENGTH])
+    for cut in ([LENGTH], [30, 1, 1, 60, *[1] * 68]):
+        got, _ = decode(automatic, LayerCache(), tokens, cut)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -21,7 +21,9 @@ from ssa_framework.laboratory import evaluate as laboratory
 from ssa_framework.laboratory.evaluate import DENSE, CostResult, Evaluation, PasskeyResult, PerplexityResult, Plan
 from ssa_framework.laboratory.evaluate import evaluate as evaluate_model
 from ssa_framework.laboratory.passkey import make_passkeys
+from ssa_framework.plugin import Band, NeighborSource, RoutingContext
 from ssa_framework.quality.timing import Timing
+from ssa_framework.registry import SourceRegistry
 from test_cli import plain, ssa
 from test_inspect import check_self_contained
 
@@ -195,13 +197,39 @@ def test_costs() -> None:
     assert without.costs[0].prefill_peak is None
 
 
+def test_costs_as_a_user_gets_them_and_always_sparse() -> None:
+    """Below ``dense_below`` a configuration is dense: no graph is built of what its sources propose."""
+    asked = []
+
+    class Window(NeighborSource):
+        needs_positions = True
+
+        def propose(self, ctx: RoutingContext) -> Band:
+            asked.append(ctx.num_queries)
+            return Band(3, 0)
+
+    registry = SourceRegistry()
+    registry.register("some", Window)
+    some = SSAConfig(num_neighbors=8, sources={"some": {}}, dense_below=1000)
+    plan = Plan(lengths=(160,), depths=0, rounds=1, new_tokens=1, memory=False)
+    told: list[str] = []
+    found = run({"some": some}, plan, registry=registry, on_stage=lambda stage: told.append(f"{stage} {len(asked)}"))
+    assert [(cost.mix, cost.always_sparse) for cost in found.costs] == [(DENSE, False), ("some", False), ("some", True)]
+    before = {stage.rpartition(" ")[0]: int(stage.rpartition(" ")[2]) for stage in told}
+    sparse = before["160 tokens, time 1 of 1: some, always sparse"]
+    assert sparse == before["160 tokens, time 1 of 1: some"]
+    assert len(asked) > sparse
+    assert len(told) == plan.stages(len(TEXTS), {"some": some})
+    assert found.mixes["some"]["dense_below"] == 1000
+
+
 # -- the whole -------------------------------------------------------------------------------------------------------
 
 
 def test_stages_are_counted() -> None:
     plan, told = Plan(lengths=(160, 200), depths=2, rounds=2, new_tokens=1), []
     found = run({"few": FEW, "all": ALL}, plan, on_stage=told.append, name="tiny")
-    assert len(told) == plan.stages(len(TEXTS), 2) == 42
+    assert len(told) == plan.stages(len(TEXTS), {"few": FEW, "all": ALL}) == 42
     assert told[0] == "160 tokens of one: dense"
     assert (found.model, found.layers, found.dense_layers) == ("tiny", 2, (0,))
     values = json.loads(json.dumps(found.as_dict(), allow_nan=False))
@@ -341,8 +369,8 @@ def test_command_without_a_model(tmp_path: Path) -> None:
 def test_findings() -> None:
     looked = laboratory.Looked(0.12, 300.0, 200.0, 0.0)
 
-    def cost(mix: str, prefill: float, token: float) -> CostResult:
-        return CostResult(100, mix, Timing((prefill,)), Timing((token,)), None, None)
+    def cost(mix: str, prefill: float, token: float, always_sparse: bool = False) -> CostResult:
+        return CostResult(100, mix, Timing((prefill,)), Timing((token,)), None, None, always_sparse)
 
     evaluation = Evaluation(
         model="m", layers=2, dense_layers=(), mixes={"a": SSAConfig().to_dict()}, lengths=(100,),
@@ -356,12 +384,14 @@ def test_findings() -> None:
             PasskeyResult(100, DENSE, (0.0, 1.0), (True, True), (True, True)),
             PasskeyResult(100, "a", (0.0, 1.0), (False, True), (True, True)),
         ),
-        costs=(cost(DENSE, 4.0, 0.3), cost("a", 2.0, 0.1)),
+        costs=(cost(DENSE, 4.0, 0.3), cost("a", 2.0, 0.1), cost("a", 8.0, 0.6, always_sparse=True)),
         threads=1, dtype="float32", seconds=1.0, complete=False,
     )  # fmt: skip
     assert evaluate_page.findings(evaluation) == [
         "a: perplexity changes by -1.00 % to +2.00 %, most at 100 tokens of x, attending to 12 % to 12 % of the keys.",
         "a: of 2 passkeys at 100 tokens it finds 1 read at once and 2 token by token; dense attention finds 2 and 2.",
         "a: speed of the whole model, as a multiple of dense: 2.00 (prefill) and 3.00 (each token) at 100 tokens.",
+        "a, always sparse: speed of the whole model, as a multiple of dense: 0.50 (prefill) and 0.50 (each token) at "
+        "100 tokens.",
         "The evaluation was interrupted: what came after is missing.",
     ]

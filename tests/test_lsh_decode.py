@@ -230,3 +230,23 @@ def test_torch_equals_numba(family: Any, center: bool, sizes: None) -> None:
             )
         )
     assert members(*found[0]) == members(*found[1])
+
+
+@pytest.mark.parametrize("family", ["hyperplane", "cross_polytope"])
+@pytest.mark.parametrize("padded", [False, True], ids=["real", "padded"])
+def test_nothing_waits_for_a_device(family: Any, padded: bool, sizes: None) -> None:
+    """On tensors that hold nothing: whatever asked for a number, or met a tensor of the CPU, would raise."""
+    k = torch.empty((3, KV_HEADS, LENGTH, DIM), device="meta")
+    planes = torch.empty((2, 8, DIM), device="meta")
+    keep = torch.empty((3, LENGTH), dtype=torch.bool, device="meta") if padded else None
+    kept = KeptHashes(
+        family, 4, batch=3, heads=KV_HEADS, functions=2, dim=DIM, center=True, device=torch.device("meta")
+    )
+    for length, queries in ((200, 100), (201, 1), (203, 2), (LENGTH, 20)):
+        some = None if keep is None else keep[:, :length]
+        bits = [3, 4, 3]  # batch elements of one number that do not follow one another
+        kept.append(k[:, :, :length], planes, bits, some)
+        q = torch.empty((3, HEADS, queries, DIM), device="meta")
+        order, start, end = kept.slices(q, planes, bits, probes=0, limit=5, keep=some)
+        assert order.device == start.device == end.device == k.device
+        assert start.shape == (3, HEADS, queries, 2, 1)

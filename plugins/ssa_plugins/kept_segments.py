@@ -134,7 +134,7 @@ class KeptSegments:
         if max(self.counts) < self.levels[0][0]:
             return proposals
         opened, low, high = self.clusters.rank(q, first, stop, keys, most, spread)
-        begin, close = opened.start[:, :, :, None], opened.end[:, :, :, None]
+        begin, close = opened.start.unsqueeze(3), opened.end.unsqueeze(3)
         proposals.append(Ranges(self.clusters.order, begin, close, attend=attend))
         if summaries:
             members = self.clusters.reach(ctx.num_keys)

@@ -86,7 +86,7 @@ def evaluate(
         )
         # auto_refresh off: nothing else may run while something is timed
         with Progress(*columns, console=console, auto_refresh=False) as progress:
-            task = progress.add_task("", total=plan.stages(len(texts), len(mixes)))
+            task = progress.add_task("", total=plan.stages(len(texts), mixes))
             progress.refresh()
             begun = itertools.count()
 

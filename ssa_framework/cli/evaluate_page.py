@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 from matplotlib.figure import Figure
@@ -102,7 +103,7 @@ def cost_table(evaluation: Evaluation) -> TextTable:
         dense = _dense_cost(evaluation, cost.length)
         rows.append(
             (
-                cost.mix,
+                _way(cost),
                 f"{cost.length:,}",
                 seconds(cost.prefill.median),
                 f"{dense.prefill.median / cost.prefill.median:.2f}",
@@ -114,14 +115,19 @@ def cost_table(evaluation: Evaluation) -> TextTable:
         )
     return TextTable(
         title="Time and memory of the whole model",
-        note="Batch of one; medians. prefill: until the first new token is known. token: each further one. Peak memory "
-        "is what is held beyond the weights, the cache included; that of a token, beyond weights and cache. A ratio "
-        "above 1: sparse is faster.",
+        note="Batch of one; medians. A mix is measured as its configuration says, which may attend densely where few "
+        "keys are there (dense_below); always sparse: as it is, at every length. prefill: until the first new token is "
+        "known. token: each further one. Peak memory is what is held beyond the weights, the cache included; that of a "
+        "token, beyond weights and cache. A ratio above 1: sparse is faster.",
         headers=(
             "mix", "context", "prefill", "dense / sparse", "token, ms", "dense / sparse", "prefill, peak", "token, peak"
         ),
         rows=tuple(rows),
     )  # fmt: skip
+
+
+def _way(cost: CostResult) -> str:
+    return f"{cost.mix}, always sparse" if cost.always_sparse else cost.mix
 
 
 def _dense_cost(evaluation: Evaluation, length: int) -> CostResult:
@@ -186,17 +192,24 @@ def _passkey_sentence(evaluation: Evaluation, mix: str) -> list[str]:
 
 
 def _cost_sentence(evaluation: Evaluation, mix: str) -> list[str]:
-    mine = [cost for cost in evaluation.costs if cost.mix == mix]
-    if not mine:
-        return []
+    sentences = []
+    for always_sparse in (False, True):
+        mine = [cost for cost in evaluation.costs if (cost.mix, cost.always_sparse) == (mix, always_sparse)]
+        if mine:
+            ratios = _ratios(evaluation, mine)
+            sentences.append(f"{_way(mine[0])}: speed of the whole model, as a multiple of dense: {ratios}.")
+    return sentences
+
+
+def _ratios(evaluation: Evaluation, costs: Sequence[CostResult]) -> str:
     ratios = []
-    for cost in mine:
+    for cost in costs:
         dense = _dense_cost(evaluation, cost.length)
         prefill, token = (
             f"{a.median / b.median:.2f}" for a, b in ((dense.prefill, cost.prefill), (dense.token, cost.token))
         )
         ratios.append(f"{prefill} (prefill) and {token} (each token) at {cost.length:,} tokens")
-    return [f"{mix}: speed of the whole model, as a multiple of dense: {listed(ratios)}."]
+    return listed(ratios)
 
 
 # -- figures ---------------------------------------------------------------------------------------------------------
@@ -219,7 +232,7 @@ def perplexity_figure(evaluation: Evaluation) -> Figure:
 
 
 def time_figure(evaluation: Evaluation) -> Figure:
-    """Dense time / sparse time over the context, of prefill and of each token."""
+    """Dense time / sparse time over the context, of prefill and of each token; pale: always sparse."""
     figure = Figure(figsize=(5.8, 3.8), layout="constrained")
     axes = figure.add_subplot()
     kinds: dict[str, tuple[str, Callable[[CostResult], float]]] = {
@@ -227,12 +240,14 @@ def time_figure(evaluation: Evaluation) -> Figure:
         "token": ("--", lambda cost: cost.token.median),
     }
     for number, mix in enumerate(evaluation.mixes):
-        mine = [cost for cost in evaluation.costs if cost.mix == mix]
-        for kind, (style, pick) in kinds.items():
+        for always_sparse, (kind, (style, pick)) in itertools.product((False, True), kinds.items()):
+            mine = [cost for cost in evaluation.costs if (cost.mix, cost.always_sparse) == (mix, always_sparse)]
+            if not mine:
+                continue
             ratios = [pick(_dense_cost(evaluation, cost.length)) / pick(cost) for cost in mine]
             axes.plot(
                 [cost.length for cost in mine], ratios, style, color=_COLORS[number % len(_COLORS)], marker="o", ms=4,
-                lw=1.4, label=f"{mix}, {kind}",
+                lw=1.4, alpha=0.45 if always_sparse else 1.0, label=f"{_way(mine[0])}, {kind}",
             )  # fmt: skip
     axes.axhline(1.0, color=_REFERENCE, lw=1, linestyle=":")
     axes.set_ylabel("dense time / sparse time")

@@ -97,6 +97,8 @@ class CostResult:
 
     Attributes:
         length: tokens of the prompt. mix: name of the mix, or `DENSE`.
+        always_sparse: whether the mix was measured as it is, although its ``dense_below`` computes densely where few
+            keys are there; `False`: as whoever uses its configuration gets it.
         prefill: seconds until the first new token is known, one reading per round.
         token: seconds of each further token, with its cache behind the prompt.
         prefill_peak: bytes that a prefill holds at its peak beyond the weights, its cache included; ``None`` where
@@ -110,6 +112,7 @@ class CostResult:
     token: Timing
     prefill_peak: int | None
     token_peak: int | None
+    always_sparse: bool = False
 
 
 @dataclass(frozen=True)
@@ -189,10 +192,10 @@ class Plan:
         if not self.lengths or any(isinstance(n, bool) or not isinstance(n, int) or n < 2 for n in self.lengths):
             raise ConfigError(f"lengths must be integers >= 2, at least one, got {self.lengths!r}")
 
-    def stages(self, texts: int, mixes: int) -> int:
+    def stages(self, texts: int, mixes: Mapping[str, SSAConfig]) -> int:
         """How many times `evaluate` tells its ``on_stage`` what comes next."""
-        timed = self.rounds + (self.rounds > 0 and self.memory)
-        return len(set(self.lengths)) * (1 + mixes) * (texts + self.depths + timed)
+        timed = (self.rounds + (self.rounds > 0 and self.memory)) * len(_timed_ways(mixes))
+        return len(set(self.lengths)) * ((1 + len(mixes)) * (texts + self.depths) + timed)
 
 
 def evaluate(
@@ -213,7 +216,9 @@ def evaluate(
 
     Args:
         model: in eval mode, on any device; it computes dense attention when it comes back.
-        mixes: configurations by name; see `use_sparse_attention`. Their ``dense_below`` is not used.
+        mixes: configurations by name; see `use_sparse_attention`. Perplexity and passkeys are those of the mix itself:
+            ``dense_below`` is 0 there. Time and memory are measured as the configuration says, and, where its
+            ``dense_below`` is a number or ``"auto"``, of the mix itself, too.
         texts: contents by name. Passkeys are hidden in the first one.
         plan: what to measure; `Plan` with its defaults if left out.
         dense_layers: see `use_sparse_attention`.
@@ -268,6 +273,24 @@ def evaluate(
         complete=complete,
         environment=environment(str(model.device)),
     )
+
+
+@dataclass(frozen=True)
+class _Way:
+    """A way of attending whose cost is measured: dense, or a mix."""
+
+    mix: str
+    always_sparse: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.mix}, always sparse" if self.always_sparse else self.mix
+
+
+def _timed_ways(mixes: Mapping[str, SSAConfig]) -> list[_Way]:
+    ways = [_Way(DENSE)]
+    for name, config in mixes.items():
+        ways += [_Way(name), _Way(name, True)] if config.dense_below else [_Way(name)]
+    return ways
 
 
 @dataclass
@@ -333,8 +356,7 @@ class _Subject:
                 "evaluating a language model needs transformers 5 or later; run: pip install "
                 "'ssa-framework[transformers]'"
             ) from error
-        # the mix itself, also where dense attention would be faster
-        self.mixes = {name: config.replace(dense_below=0) for name, config in mixes.items()}
+        self.mixes = dict(mixes)
         self.model, self.dense_layers, self.registry = model, dense_layers, registry
         self._use = use_sparse_attention
         for config in self.mixes.values():  # what is wrong with one of them is said before anything is measured
@@ -346,12 +368,13 @@ class _Subject:
         return [DENSE, *self.mixes]
 
     @contextmanager
-    def routed(self, mix: str) -> Iterator[Any]:
-        """The model under a mix, or dense."""
+    def routed(self, mix: str, *, always_sparse: bool = True) -> Iterator[Any]:
+        """The model under a mix, or dense. ``always_sparse``: also where dense attention would be faster."""
         if mix == DENSE:
             yield self.model
             return
-        with self._use(self.model, self.mixes[mix], dense_layers=self.dense_layers, registry=self.registry):
+        config = self.mixes[mix].replace(dense_below=0) if always_sparse else self.mixes[mix]
+        with self._use(self.model, config, dense_layers=self.dense_layers, registry=self.registry):
             yield self.model
 
 
@@ -474,24 +497,27 @@ def _costs(subject: _Subject, ids: Tensor, plan: Plan, found: _Found, say: Calla
         return
     ids = ids.to(subject.model.device)
     length = ids.shape[1]
-    prefills: dict[str, list[float]] = {mix: [] for mix in subject.routings}
-    steps: dict[str, list[float]] = {mix: [] for mix in subject.routings}
+    ways = _timed_ways(subject.mixes)
+    prefills: dict[_Way, list[float]] = {way: [] for way in ways}
+    steps: dict[_Way, list[float]] = {way: [] for way in ways}
     for number in range(plan.rounds):
-        for mix in subject.routings:
-            say(f"{length} tokens, time {number + 1} of {plan.rounds}: {mix}")
-            with subject.routed(mix) as model:
+        for way in ways:
+            say(f"{length} tokens, time {number + 1} of {plan.rounds}: {way}")
+            with subject.routed(**vars(way)) as model:
                 prefill, step = _times(model, ids, plan.new_tokens)
-            prefills[mix].append(prefill)
-            steps[mix] += step
-    peaks: dict[str, tuple[int | None, int | None]] = dict.fromkeys(subject.routings, (None, None))
+            prefills[way].append(prefill)
+            steps[way] += step
+    peaks: dict[_Way, tuple[int | None, int | None]] = dict.fromkeys(ways, (None, None))
     if plan.memory:
-        for mix in subject.routings:
-            say(f"{length} tokens, memory: {mix}")
-            with subject.routed(mix) as model:
-                peaks[mix] = _peaks(model, ids)
+        for way in ways:
+            say(f"{length} tokens, memory: {way}")
+            with subject.routed(**vars(way)) as model:
+                peaks[way] = _peaks(model, ids)
     found.costs += [
-        CostResult(length, mix, Timing(tuple(prefills[mix])), Timing(tuple(steps[mix])), *peaks[mix])
-        for mix in subject.routings
+        CostResult(
+            length, way.mix, Timing(tuple(prefills[way])), Timing(tuple(steps[way])), *peaks[way], way.always_sparse
+        )
+        for way in ways
     ]
 
 

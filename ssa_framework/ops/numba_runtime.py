@@ -60,44 +60,35 @@ class Kernel:
     def __init__(self, function: Callable[..., Any], **options: Any) -> None:
         self._function = function
         self._dispatcher = _jit(function, **options)
-        self._seen: set[tuple[Any, ...]] = set()
         self.compiling = threading.Lock()
         self.__doc__ = function.__doc__
+        with contextlib.suppress(AttributeError):  # no public way to hear of it; without it, nothing is said
+            self._compile = self._dispatcher._compile_for_args
+            self._dispatcher._compile_for_args = self._compile_and_tell
         _kernels.append(self)
 
     def __call__(self, *args: Any) -> Any:
-        key = _types(args)
-        if key in self._seen:
-            return self._dispatcher(*args)
+        return self._dispatcher(*args)
+
+    def _compile_and_tell(self, *args: Any, **options: Any) -> Any:
+        """What Numba calls for arguments whose types it has no code for: it loads some from disk, or compiles."""
         with self.compiling:  # one thread compiles, the others wait for it
             done = threading.Event()
             threading.Thread(target=self._say_if_compiling, args=(self._misses(), done), daemon=True).start()
             try:
-                result = self._dispatcher(*args)
+                return self._compile(*args, **options)
             finally:
                 done.set()
-            self._seen.add(key)
-            _notice.done += 1
-        return result
+                _notice.done += 1
 
     def _misses(self) -> int:
         return sum(self._dispatcher.stats.cache_misses.values())
 
     def _say_if_compiling(self, misses_before: int, done: threading.Event) -> None:
         while not done.wait(_SAY_AFTER_SECONDS):
-            if self._misses() > misses_before:  # a slow disk or a long run is no compilation
+            if self._misses() > misses_before:  # a slow disk is no compilation
                 _notice.say(self._function.__name__)
                 return
-
-
-def _types(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What Numba compiles for, about; tuples of arguments taken apart."""
-    return tuple(
-        [  # a generator takes longer, and this runs for every call
-            (a.dtype.char, a.ndim) if type(a) is np.ndarray else _types(a) if isinstance(a, tuple) else type(a)
-            for a in args
-        ]
-    )
 
 
 @functools.cache
@@ -233,7 +224,8 @@ class Workspace:
 
 def as_array(x: Tensor) -> np.ndarray[Any, Any]:
     """A contiguous NumPy view of a CPU tensor, or a copy: half precision becomes float32, other strides contiguous."""
-    x = x.detach()
+    if x.requires_grad:
+        x = x.detach()
     if x.dtype in (torch.bfloat16, torch.float16):
         x = x.float()
     return x.contiguous().numpy()

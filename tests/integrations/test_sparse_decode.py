@@ -100,6 +100,40 @@ def test_generate_is_a_prefill(name: str) -> None:
             assert torch.equal(got, want[:, :, length - got.shape[2] : length, :length]), (layer, step)
 
 
+@pytest.mark.parametrize("name", ["preset", "lsh"])
+def test_dense_below(name: str) -> None:
+    """Calls all of whose queries are dense are transformers' own, keep nothing, and change nothing that comes later."""
+    model, ids, first = causal_lm("llama"), tokens(2, PROMPT + NEW), PROMPT + 4
+    dense, _ = feed(model, ids, [PROMPT + NEW])
+    use_sparse_attention(model, mix(name, dense_below=first + 1), dense_layers=())
+    at_once, _ = feed(model, ids, [PROMPT + NEW])
+    torch.testing.assert_close(at_once[:, :first], dense[:, :first], **TOLERANCE)
+    assert not torch.allclose(at_once[:, first:], dense[:, first:], **TOLERANCE)
+    begun, cache = feed(model, ids, [PROMPT - 10, 13])
+    assert all(not layer._held for layer in layers_of(cache))
+    for length in (PROMPT + 3, PROMPT + 1):  # and again, behind a cropped cache
+        rest, _ = feed(model, ids[:, length:], [1] * (PROMPT + NEW - length), cache)
+        assert all(layer._held for layer in layers_of(cache))
+        torch.testing.assert_close(torch.cat([begun[:, :length], rest], dim=1), at_once, **TOLERANCE)
+        cache.crop(PROMPT + 1 - cache.get_seq_length())
+
+
+def test_dense_below_in_a_padded_batch() -> None:
+    """A row has as few keys as it would have alone."""
+    model, ids, mask = causal_lm("llama"), tokens(3, PROMPT + NEW), padding(3, PROMPT + NEW, "left", 30)
+    use_sparse_attention(model, mix("preset", dense_below=PROMPT), dense_layers=())
+    with torch.no_grad():
+        one = model(ids, attention_mask=mask, position_ids=positions(mask), use_cache=True).logits
+        out = model(ids[:, :90], attention_mask=mask[:, :90], position_ids=positions(mask)[:, :90], use_cache=True)
+        logits = [out.logits]
+        for end in range(91, PROMPT + NEW + 1):
+            here = {"attention_mask": mask[:, :end], "position_ids": positions(mask)[:, end - 1 : end]}
+            out = model(ids[:, end - 1 : end], past_key_values=out.past_key_values, use_cache=True, **here)
+            logits.append(out.logits)
+    real = mask.bool()
+    torch.testing.assert_close(torch.cat(logits, dim=1)[real], one[real], **TOLERANCE)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_left_padded(name: str) -> None:
     model, prompts, mask = causal_lm(name), tokens(3, PROMPT), padding(3, PROMPT, "left", 30)

@@ -106,6 +106,14 @@ class SparseLayer:
             return True
         return self.decode == "dense" and mask.causal and mask.offset > 0 and mask.queries <= DECODE_QUERIES
 
+    def is_below(self, q: Tensor, k: Tensor, mask: CompactMask) -> bool:
+        """Whether ``dense_below`` leaves every query of a call on a cache to dense attention: then it costs what
+        transformers' own costs, and no state is kept before it is needed."""
+        if self.config.backend != "auto" or torch.compiler.is_compiling():
+            return False
+        router = self.router(q.shape[1], k.shape[1], q.shape[3], mask.causal, q.device)
+        return (router.dense_below_in_cache(q.device) or 0) > mask.keys
+
     def attend(
         self,
         q: Tensor,
@@ -252,15 +260,21 @@ def sparse_attention_forward(
         mask = mask_of_shapes(query, key, causal)
     else:
         mask = attention_mask
-    if layer is None or mask is None or options.get("sliding_window") is not None or layer.attends_densely(mask):
+
+    def attend_densely() -> tuple[Tensor, None]:
         dense_mask = attention_mask.dense if isinstance(attention_mask, CompactMask) else attention_mask
         out, _ = sdpa_attention_forward(
             module, query, key, value, dense_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **options
         )
         return out, None
+
+    if layer is None or mask is None or options.get("sliding_window") is not None or layer.attends_densely(mask):
+        return attend_densely()
     if mask.unknown is not None:
         raise MaskError(f"{layer.name} got {mask.unknown}, which only dense layers can serve; leave this model dense")
     cached = None if cache is None else _cached(layer, module, cache, mask, (query, key, value))
+    if cached is not None and layer.is_below(query, key, mask):
+        return attend_densely()
     out = layer.attend(query, key, value, mask, cached, scale=scaling, dropout_p=dropout)
     return out.transpose(1, 2).contiguous(), None
 

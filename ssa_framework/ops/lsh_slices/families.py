@@ -53,6 +53,8 @@ class Hyperplane:
 
     def probes(self, projected: Tensor, bits: int, count: int) -> Tensor:
         own = self.buckets(projected, bits)
+        if not count:
+            return own[..., None]
         # rank → plane: the plane that the query is nearest to comes first
         nearest = projected[..., :bits].abs().argsort(dim=-1, stable=True)
         value = 1 << (bits - 1 - nearest)

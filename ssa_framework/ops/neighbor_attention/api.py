@@ -103,7 +103,8 @@ def neighbor_attention(
         backend: ``"auto"`` (``"numba"`` on a CPU, ``"triton"`` on CUDA where it serves the call, else ``"torch"``) or
             one of `available_backends`.
         dense: a full graph may be computed by torch's dense attention, which returns no ``lse``.
-        zero_padding: the keys and values are those of a cache: padded ones are zeros, and nothing is differentiable.
+        zero_padding: the keys and values are those of a cache, and the graph was made of them: it was checked before
+            that they fit together, padded ones are zeros, and nothing is differentiable.
         known: ``out`` and ``lse``, where they are there and only the gradients are wanted; they are computed all the
             same where the graph is attended densely, or by ``"reference"``.
 
@@ -115,14 +116,14 @@ def neighbor_attention(
         ShapeError, DtypeError, GraphError: inputs that do not fit together. BackendUnavailableError: ``backend``
         cannot serve the call.
     """
-    check_tensors(q, k, v)
-    check_graph(q, k, graph)
+    if not zero_padding:
+        check_tensors(q, k, v)
+        check_graph(q, k, graph)
+        k, v = _without_padding(k, v, graph)
     check_backend(backend)
     if not 0.0 <= dropout_p < 1.0:
         raise ConfigError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if not zero_padding:
-        k, v = _without_padding(k, v, graph)
     if dense and backend == "auto" and graph.is_full and q.numel() and k.numel():
         return dense_attention(q, k, v, graph, scale=scale, dropout_p=dropout_p), None
     if backend == "reference":
@@ -248,8 +249,8 @@ def _parts_in_rows(graph: NeighborGraph, k: Tensor, v: Tensor) -> list[tuple[sli
 def _slice_parts(slices: Ranges | None) -> dict[str, Any]:
     if slices is None or slices.order is None or slices.start is None or slices.end is None:
         return {}
-    start, end = slices.start[:, :, :, 0], slices.end[:, :, :, 0]
-    return {"slice_order": slices.order[:, :, 0], "slice_start": start, "slice_end": end}
+    start, end = slices.start.select(3, 0), slices.end.select(3, 0)
+    return {"slice_order": slices.order.select(2, 0), "slice_start": start, "slice_end": end}
 
 
 def _summary_parts(summaries: Summaries | None, k: Tensor, v: Tensor) -> dict[str, Any]:

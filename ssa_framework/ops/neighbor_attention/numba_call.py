@@ -58,10 +58,16 @@ def unflat(numbers: Array, padded: int, like: Tensor) -> Tensor:
 
 def once(x: Tensor) -> Tensor:
     """Expanded batch and head axes as axes of size 1, which kernels broadcast without a copy."""
+    if 0 not in x.stride():
+        return x
     for axis in range(min(2, x.dim() - 1)):
         if x.shape[axis] > 1 and x.stride(axis) == 0:
             x = x.narrow(axis, 0, 1)
     return x
+
+
+def _as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)  # no conversion takes time, too
 
 
 def blocks(count: int, others: int, least: int = ROWS_PER_TASK[0], most: int = ROWS_PER_TASK[1]) -> Iterator[Any]:
@@ -80,7 +86,7 @@ def _integers(x: Tensor | None, axes: int, dtype: torch.dtype = torch.int32) -> 
     """What is absent has no rows."""
     if x is None:
         return _nothing(axes, dtype)
-    return as_array(once(x).to(dtype))
+    return as_array(_as_dtype(once(x), dtype))
 
 
 class Call:
@@ -138,16 +144,18 @@ class Call:
         self._space = Workspace()
 
     def _graph(self, parts: GraphParts, neighbors: Tensor | None, bias: Tensor | None) -> Graph:
-        no_list = np.empty((0, 0), np.int32)
+        lists, biases, keep = _nothing(2, torch.int32), _nothing(2, self.compute), _nothing(2, torch.uint8)
+        if neighbors is not None:
+            lists = as_array(_as_dtype(neighbors, torch.int32)).reshape(-1, neighbors.shape[-1])
+        if bias is not None:
+            biases = as_array(_as_dtype(bias, self.compute)).reshape(-1, bias.shape[-1])
+        if parts.key_keep is not None:
+            keep = as_array(once(parts.key_keep)).view(np.uint8)
         return Graph(
-            neighbors=no_list if neighbors is None else as_array(neighbors.int()).reshape(-1, neighbors.shape[-1]),
-            bias=np.empty((0, 0), self.dtype)
-            if bias is None
-            else as_array(bias.to(self.compute)).reshape(-1, bias.shape[-1]),
+            neighbors=lists,
+            bias=biases,
             columns=_integers(parts.columns, 1),
-            key_keep=np.empty((0, 0), np.uint8)
-            if parts.key_keep is None
-            else as_array(once(parts.key_keep)).view(np.uint8),
+            key_keep=keep,
             query_segments=_integers(parts.query_segments, 2, torch.int64),
             key_segments=_integers(parts.key_segments, 2, torch.int64),
             span_start=_integers(parts.span_start, 2),
@@ -163,23 +171,24 @@ class Call:
             order=_integers(parts.slice_order, 3),
             start=_integers(parts.slice_start, 4),
             end=_integers(parts.slice_end, 4),
-            is_column=self.is_column if parts.columns is not None else np.empty(0, np.bool_),
+            is_column=self.is_column if parts.columns is not None else _nothing(1, torch.bool),
         )
 
     def _summaries(self, parts: GraphParts) -> Summaries:
-        weight = parts.summary_log_weight
-
+        weight, weights = parts.summary_log_weight, _nothing(2, self.compute)
+        if weight is not None:
+            weights = as_array(_as_dtype(weight, self.compute)).reshape(
+                weight.shape[0] * weight.shape[1], weight.shape[2]
+            )
         opened = _integers(parts.summary_opened, 4)
 
         def table(x: Tensor | None, width: int) -> Array:
-            return np.empty(0, self.dtype) if x is None else flat(x.to(self.compute), width)
+            return _nothing(1, self.compute) if x is None else flat(_as_dtype(x, self.compute), width)
 
         return Summaries(
             k=table(parts.summary_k, self.shape.width),
             v=table(parts.summary_v, self.shape.value_width),
-            log_weight=np.empty((0, 0), self.dtype)
-            if weight is None
-            else as_array(weight.to(self.compute).flatten(0, 1)),
+            log_weight=weights,
             first=_integers(parts.summary_first, 3),
             stop=_integers(parts.summary_stop, 3),
             opened=opened.reshape(-1, opened.shape[3]) if opened.size else opened.reshape(0, 0),

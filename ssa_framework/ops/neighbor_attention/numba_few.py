@@ -120,6 +120,24 @@ def collect_few(parts: Parts, start: int, stop: int, work: FewWork, listed: List
                     listed.biases[line, e] = work.added[e]
 
 
+@bare_kernel
+def most_in_intervals(span_start: Array, span_end: Array, start: Array, end: Array) -> int:
+    """The most places in the span of a query and, added to it, in its slices; the span and the slices may be those of
+    different queries."""
+    longest = most = 0
+    for b in range(span_start.shape[0]):
+        for n in range(span_start.shape[1]):
+            longest = max(longest, span_end[b, n] - span_start[b, n])
+    for b in range(start.shape[0]):
+        for g in range(start.shape[1]):
+            for n in range(start.shape[2]):
+                total = 0
+                for p in range(start.shape[3]):
+                    total += end[b, g, n, p] - start[b, g, n, p]
+                most = max(most, total)
+    return longest + most
+
+
 @device_function
 def collect_keys(parts: Parts, batch: int, head: int, row: int, work: FewWork) -> int:
     """The keys of band, columns, list, span and slices of a query; returns how many.

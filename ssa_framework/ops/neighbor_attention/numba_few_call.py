@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,14 @@ import torch
 from torch import Tensor
 
 from ssa_framework.ops.neighbor_attention.numba_call import Call, aligned, flat, unflat
-from ssa_framework.ops.neighbor_attention.numba_few import FewWork, Listed, Rows, attend_few, collect_few
+from ssa_framework.ops.neighbor_attention.numba_few import (
+    FewWork,
+    Listed,
+    Rows,
+    attend_few,
+    collect_few,
+    most_in_intervals,
+)
 from ssa_framework.ops.neighbor_attention.numba_rows import Array, Tables
 from ssa_framework.ops.neighbor_attention.parts import GraphParts
 from ssa_framework.ops.numba_runtime import parallel_for
@@ -31,17 +39,16 @@ def forward(
     dtype = np.dtype(np.float64 if q.dtype == torch.float64 else np.float32)
     batch, heads, queries, _ = q.shape
     width, value_width = (-(-x.shape[3] // LANES[dtype]) * LANES[dtype] for x in (q, v))
-    nothing = np.empty(0, dtype)
-    tables = Tables(flat(q, width), nothing, nothing)
-    call = Call(q, k, v, parts, scale, dropout_p, seed, tables=tables)
+    rows_of_q = flat(q, width)
+    call = Call(q, k, v, parts, scale, dropout_p, seed, tables=Tables(rows_of_q, *_no_rows(dtype)))
     most = call.most_edges + _most_in_parts(call)
     tasks = _shares(batch * heads)
     lines = batch * heads * queries
-    listed = Listed(np.empty((0, 0), np.int32), np.empty((0, 0), dtype), np.zeros(0, np.int64))
+    listed = _no_lists(dtype)
     keys, values = _in_place(k, width, dtype), _in_place(v, value_width, dtype)
     if keys is not None and values is not None and keys[1] == values[1]:
         rows = Rows(keys[1], False)
-        tables = Tables(tables.q, keys[0], values[0])
+        tables = Tables(rows_of_q, keys[0], values[0])
     else:  # converted or copied, but only what is attended to
         biases = np.zeros((lines if parts.bias is not None else 0, most), dtype)
         listed = Listed(np.zeros((lines, most), np.int32), biases, np.zeros(lines, np.int64))
@@ -52,14 +59,29 @@ def forward(
         parallel_for(collect, len(tasks))
         rows = Rows(int(listed.counts.max(initial=0)), True)
         edges = torch.from_numpy(listed.edges[:, : rows.per_head]).reshape(batch, heads, -1).long()
-        tables = Tables(tables.q, flat(_rows_of(k, edges), width), flat(_rows_of(v, edges), value_width))
-    out, lse = aligned(lines * value_width, dtype), np.empty(lines, dtype)
+        tables = Tables(rows_of_q, flat(_rows_of(k, edges), width), flat(_rows_of(v, edges), value_width))
+    lse = torch.empty((batch, heads, queries), dtype=call.compute)
+    result = q.new_empty((batch, heads, queries, v.shape[3]))
+    in_place = value_width == v.shape[3] and result.dtype == call.compute
+    out = result.numpy().reshape(-1) if in_place else aligned(lines * value_width, dtype)
+
+    sums = lse.numpy().reshape(-1)
 
     def attend(task: int) -> None:
-        attend_few(tables, rows, call.parts, *tasks[task], _work(call, most), listed, out, lse)
+        attend_few(tables, rows, call.parts, *tasks[task], _work(call, most), listed, out, sums)
 
     parallel_for(attend, len(tasks))
-    return unflat(out, value_width, q.new_empty((*q.shape[:3], v.shape[3]))), torch.from_numpy(lse).view(q.shape[:3])
+    return result if in_place else unflat(out, value_width, result), lse
+
+
+@functools.cache
+def _no_rows(dtype: Any) -> tuple[Array, Array]:
+    return np.empty(0, dtype), np.empty(0, dtype)
+
+
+@functools.cache
+def _no_lists(dtype: Any) -> Listed:
+    return Listed(np.empty((0, 0), np.int32), np.empty((0, 0), dtype), np.zeros(0, np.int64))
 
 
 def _shares(heads: int) -> list[tuple[int, int]]:
@@ -96,10 +118,8 @@ def _rows_of(x: Tensor, keys: Tensor) -> Tensor:
 def _most_in_parts(call: Call) -> int:
     """The most keys in the span and the slices of a query, and summaries."""
     graph, slices, summaries = call.parts.graph, call.parts.slices, call.parts.summaries
-    most = int((graph.span_end - graph.span_start).max(initial=0)) + summaries.log_weight.shape[1]
-    if slices.start.size:
-        most += int((slices.end - slices.start).sum(-1).max(initial=0))
-    return most + 32  # up to whole vectors
+    most = most_in_intervals(graph.span_start, graph.span_end, slices.start, slices.end)
+    return int(most) + summaries.log_weight.shape[1] + 32  # up to whole vectors
 
 
 def _work(call: Call, most: int) -> FewWork:

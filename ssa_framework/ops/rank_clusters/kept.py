@@ -250,8 +250,8 @@ class KeptClusters:
         from ssa_framework.ops.rank_clusters.numba_few import rank_few
 
         batch, heads, queries, _ = q.shape
-        opened = OpenedClusters(*(torch.empty((batch, heads, queries, most), dtype=torch.int32) for _ in range(3)))
-        outs = [x.numpy().reshape(batch * heads, queries, most) for x in (opened.numbers, opened.start, opened.end)]
+        opened = torch.empty((3, batch, heads, queries, most), dtype=torch.int32)
+        out = opened.numpy().reshape(3, batch * heads, queries, most)
         rows = as_array(q.float()).reshape(batch * heads, queries, -1)
         segments = first.numpy(), stop.numpy()
         strips, depth = self._strips, self._strips.numbers.shape[2]
@@ -266,11 +266,11 @@ class KeptClusters:
             )  # fmt: skip
             rank_few(
                 rows, np.float32(spread), -(-self.dim // 16) * 16, strips, self._start, self._size, *segments, budget,
-                heads // self.heads, heads, begin, end, scratch, *outs,
+                heads // self.heads, heads, begin, end, scratch, out,
             )  # fmt: skip
 
         parallel_for(share, shares)
-        return opened
+        return OpenedClusters(*opened.unbind())
 
 
 def _offsets(sizes: Sequence[int]) -> tuple[list[int], int]:

@@ -73,14 +73,16 @@ def fill_strips(
 @bare_kernel
 def rank_few(
     q: Any, spread: Any, width: int, strips: Strips, start: Any, size: Any, first: Any, stop: Any, budget: int,
-    group: int, heads: int, begin_head: int, end_head: int, scratch: FewScratch, opened: Any, begins: Any, ends: Any,
+    group: int, heads: int, begin_head: int, end_head: int, scratch: FewScratch, out: Any,
 ) -> None:  # fmt: skip
     """The clusters that all queries of the heads ``begin_head .. end_head`` open, counted over all batch elements.
 
     Args:
         q: float32 ``[B · G, N, D]``. start, size: int32 ``[B · Hkv, S]``. first, stop: int32 ``[B or 1, N, R]``,
-            segments. group: graph heads per KV head. heads: G. opened, begins, ends: out, int32 ``[B · G, N, most]``.
+            segments. group: graph heads per KV head. heads: G. out: int32 ``[3, B · G, N, most]``, their numbers, and
+            where their keys start and end.
     """
+    opened, begins, ends = out[0], out[1], out[2]
     for head in range(begin_head, end_head):
         pair, batch = head // group, head // heads
         element = batch if first.shape[0] > 1 else 0
