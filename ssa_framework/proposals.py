@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -199,6 +199,18 @@ def _int32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.int32 else tensor.to(torch.int32)
 
 
+class Bounds(NamedTuple):
+    """``low <= first <= last <= high`` must hold for every element.
+
+    ``first, last``: int32 or int64, of shapes that broadcast; the same tensor twice where there is one only.
+    """
+
+    first: Tensor
+    last: Tensor
+    low: int
+    high: int
+
+
 def _check_integer(tensor: object, what: str, source: str) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise ProposalError(f"source {source!r}: {what} must be a tensor, got {type(tensor).__name__}")
@@ -228,20 +240,17 @@ def require(holds: Tensor, message: Callable[[], str]) -> None:
 
 
 def _check_bounds(
-    tensor: Tensor,
-    low: int,
-    high: int,
-    what: str,
-    source: str,
-    known: KnownTensors | None = None,
-    trusted: bool = False,
+    tensor: Tensor, low: int, high: int, what: str, call: _Call, known: KnownTensors | None = None
 ) -> None:
-    if trusted:
+    if call.trusted:
         return
     unknown = tensor if known is None else known.unchecked(tensor, what)
     if unknown is None or unknown.numel() == 0:
         return
     tensor = unknown
+    if call.pending is not None:
+        call.pending.append(Bounds(tensor, tensor, low, high))
+        return
     if _starts_fast(tensor):
         numbers = tensor.numpy()
         if low <= numbers.min() and numbers.max() <= high:
@@ -250,7 +259,8 @@ def _check_bounds(
     require(
         (smallest >= low) & (largest <= high),
         lambda: (
-            f"source {source!r}: {what} must lie in [{low}, {high}], got values in [{int(smallest)}, {int(largest)}]"
+            f"source {call.source!r}: {what} must lie in [{low}, {high}], got values in [{int(smallest)}, "
+            f"{int(largest)}]"
         ),
     )
 
@@ -264,14 +274,17 @@ def _check_interval(first: Tensor, last: Tensor, high: int, names: tuple[str, st
     """``0 <= first <= last <= high``; shapes broadcast."""
     if call.trusted or (call.known is not None and call.known.has_interval(first, last, high, names[0])):
         return
-    if _starts_fast(first) and _starts_fast(last) and first.numel() and last.numel():
+    if call.pending is not None:
+        call.pending.append(Bounds(first, last, 0, high))
+        holds = True
+    elif _starts_fast(first) and _starts_fast(last) and first.numel() and last.numel():
         low, up = first.numpy(), last.numpy()
         holds = low.min() >= 0 and up.max() <= high and bool((low <= up).all())
     else:
         holds = False
     if not holds:  # or it is not known yet
         for bound, name in zip((first, last), names, strict=True):
-            _check_bounds(bound, 0, high, name, call.source)
+            _check_bounds(bound, 0, high, name, call)
         require((first <= last).all(), lambda: f"source {call.source!r}: {names[0]} must not exceed {names[1]}")
     if call.known is not None:
         call.known.keep_interval(first, last, high, names[0])
@@ -295,6 +308,7 @@ class _Call:
     device: torch.device
     known: KnownTensors | None
     trusted: bool
+    pending: list[Bounds] | None
 
     @property
     def lead(self) -> tuple[tuple[str, int], tuple[str, int]]:
@@ -312,8 +326,12 @@ def validate_proposals(
     keys: int,
     device: torch.device,
     known: KnownTensors | None = None,
+    pending: list[Bounds] | None = None,
 ) -> list[Proposal]:
     """What ``propose`` returned, one proposal or several, as a list; with int32 indices.
+
+    ``pending``: bounds of indices are added to it instead of being looked at; whoever calls looks at all of them at
+    once.
 
     ``known``: what orders and members need not be looked at again, since the source keeps them in a cache. On CUDA,
     the values of later single queries are not looked at either: that takes more launches than all else.
@@ -325,7 +343,7 @@ def validate_proposals(
     if not several:
         raise ProposalError(f"source {source!r}: propose() must return at least one proposal, got an empty sequence")
     trusted = known is not None and known.passed and queries == 1 and device.type == "cuda"
-    call = _Call(source, batch, graph_heads, kv_heads, queries, keys, device, known, trusted)
+    call = _Call(source, batch, graph_heads, kv_heads, queries, keys, device, known, trusted, pending)
     validated = [_validate(proposal, call) for proposal in several]
     if known is not None:
         known.passed = True
@@ -342,7 +360,7 @@ def _validate(proposal: object, call: _Call) -> Proposal:
         indices = _check_integer(proposal.indices, "Candidates.indices", source)
         _check_shape(indices, (*call.lead, ("N", call.queries), ("C", None)), "Candidates.indices", source)
         _check_device(indices, call.device, "Candidates.indices", source)
-        _check_bounds(indices, -1, call.keys - 1, "Candidates.indices", source, trusted=call.trusted)
+        _check_bounds(indices, -1, call.keys - 1, "Candidates.indices", call)
         scores = proposal.scores
         if scores is not None and (scores.shape != indices.shape or not scores.is_floating_point()):
             raise ProposalError(
@@ -397,7 +415,7 @@ def _validate_summaries(summaries: Summaries, call: _Call) -> Summaries:
             f"M={call.keys}], got {list(members.shape)}"
         )
     _check_device(members, call.device, "Summaries.members", source)
-    _check_bounds(members, -1, count - 1, "Summaries.members", source, call.known, call.trusted)
+    _check_bounds(members, -1, count - 1, "Summaries.members", call, call.known)
     names = ("Summaries.first", "Summaries.stop")
     rows = (call.queries, members.shape[2])
     first, stop = _validate_interval((summaries.first, summaries.stop), names, count, rows, call)
@@ -406,7 +424,7 @@ def _validate_summaries(summaries: Summaries, call: _Call) -> Summaries:
         _check_integer(opened, "Summaries.opened", source)
         _check_shape(opened, (*call.lead, ("N", call.queries), ("P", None)), "Summaries.opened", source)
         _check_device(opened, call.device, "Summaries.opened", source)
-        _check_bounds(opened, -1, count - 1, "Summaries.opened", source, trusted=call.trusted)
+        _check_bounds(opened, -1, count - 1, "Summaries.opened", call)
         opened = _int32(opened)
     return Summaries(_int32(members), count, first, stop, opened, seen=summaries.seen)
 
@@ -421,7 +439,7 @@ def _validate_columns(columns: Columns, call: _Call) -> Columns:
                 f"source {source!r}: Columns.positions must have shape [C], got {list(positions.shape)}"
             )
         _check_device(positions, call.device, "Columns.positions", source)
-        _check_bounds(positions, 0, keys - 1, "Columns.positions", source)
+        _check_bounds(positions, 0, keys - 1, "Columns.positions", call)
         return Columns(_int32(positions), columns.slots)
     wrong = [p for p in positions if isinstance(p, bool) or not isinstance(p, int) or not 0 <= p < keys]
     if wrong:
@@ -464,7 +482,7 @@ def _validate_ranges(ranges: Ranges, call: _Call) -> Ranges:
         heads = ("Hkv", call.kv_heads) if order.dim() == 4 and order.shape[1] == call.kv_heads else call.lead[1]
         _check_shape(order, (call.lead[0], heads, ("S", None), ("L", None)), "Ranges.order", source)
         _check_device(order, call.device, "Ranges.order", source)
-        _check_bounds(order, 0, call.keys - 1, "Ranges.order", source, call.known)
+        _check_bounds(order, 0, call.keys - 1, "Ranges.order", call, call.known)
         order = _int32(order)
         orders, length = order.shape[2], order.shape[3]
     if ranges.start is None or ranges.end is None:

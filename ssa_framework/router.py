@@ -22,16 +22,19 @@ from ssa_framework.crossover import faster_dense
 from ssa_framework.errors import BudgetWarning, ConfigError, GraphError, ProposalError
 from ssa_framework.graph import NeighborGraph, SourceRecord
 from ssa_framework.masks import EdgeMask
+from ssa_framework.ops.index_bounds import any_outside
 from ssa_framework.ops.select_neighbors import Proposed, Selection, select_neighbors
 from ssa_framework.ops.select_neighbors.api import Eligible
 from ssa_framework.proposals import (
     Band,
+    Bounds,
     Candidates,
     Columns,
     Proposal,
     Ranges,
     Spans,
     Summaries,
+    require,
     unite_columns,
     validate_proposals,
 )
@@ -367,6 +370,8 @@ class Router(nn.Module):
         collected: list[tuple[str, Proposal]] = []
         bands: list[Band | None] = []
         listed = 0
+        # on a GPU, all of them are looked at together, in few launches
+        pending: list[Bounds] | None = [] if k.is_cuda else None
         for name, source in active.items():
             assert isinstance(source, NeighborSource)
             budget = self.layer.num_neighbors - _width(_unite(bands), None, k.shape[2]) - listed
@@ -397,6 +402,7 @@ class Router(nn.Module):
                     keys=ctx.num_keys,
                     device=ctx.device,
                     known=None if cache is None else cache.known(name),
+                    pending=pending,
                 )
             for proposal in proposals:
                 if isinstance(proposal, Band) and not source.needs_positions:
@@ -411,6 +417,9 @@ class Router(nn.Module):
                 elif isinstance(proposal, Candidates) and proposal.guaranteed:
                     listed += proposal.indices.shape[-1]
                 collected.append((name, proposal))
+        if pending:
+            outside = any_outside(pending, k.device)
+            require(~outside, lambda: "a source proposed indices that are out of bounds")
         return collected
 
     def _proposer_of_everything(self, collected: Sequence[tuple[str, Proposal]], keys: int) -> str | None:

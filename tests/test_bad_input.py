@@ -19,7 +19,9 @@ from ssa_framework.errors import (
     UnknownOptionError,
     UnknownSourceError,
 )
-from ssa_framework.plugin import Band, Candidates, Columns, NeighborSource, Ranges
+from ssa_framework.ops.index_bounds import any_outside
+from ssa_framework.plugin import Band, Candidates, Columns, NeighborSource, Proposal, Ranges, Spans
+from ssa_framework.proposals import Bounds, validate_proposals
 
 Q = torch.randn(2, 4, 9, 8)
 KV = torch.randn(2, 2, 9, 8)
@@ -213,6 +215,29 @@ def test_proposals(proposal: Callable[[], Any], message: str) -> None:
     registry.register("broken", Broken)
     with pytest.raises(ProposalError, match=message):
         build_graph(Q, KV, config=SSAConfig(sources={"broken": {}}), registry=registry)
+
+
+@pytest.mark.parametrize(
+    ("proposal", "wrong"),
+    [
+        (Columns(torch.tensor([8])), False),
+        (Columns(torch.tensor([9])), True),
+        (Candidates(int32(2, 4, 9, 3, fill=-1)), False),
+        (Candidates(int32(2, 4, 9, 3, fill=9)), True),
+        (Candidates(int32(2, 4, 9, 3, fill=-2)), True),
+        (Ranges(int32(1, 1, 1, 9, fill=9), None, None), True),
+        (Ranges(None, int32(1, 1, 9, 1, 1), int32(1, 1, 9, 1, 1, fill=9)), False),
+        (Ranges(None, int32(1, 1, 9, 1, 1), int32(1, 1, 9, 1, 1, fill=10)), True),
+        (Ranges(None, int32(1, 1, 9, 1, 1, fill=3), int32(1, 1, 9, 1, 1)), True),
+        (Spans(int32(1, 9), int32(1, 9, fill=10)), True),
+    ],
+)
+def test_bounds_that_are_looked_at_together(proposal: Proposal, wrong: bool) -> None:
+    pending: list[Bounds] = []
+    sizes = {"batch": 2, "graph_heads": 4, "kv_heads": 2, "queries": 9, "keys": 9, "device": torch.device("cpu")}
+    validate_proposals(proposal, "source", **sizes, pending=pending)
+    assert pending
+    assert bool(any_outside(pending, torch.device("cpu"))) is wrong
 
 
 def test_band_is_checked() -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 from ssa_framework.errors import BackendUnavailableError, ConfigError, ShapeError
 from ssa_framework.ops.cluster_keys import torch_lloyd
 from ssa_framework.ops.cluster_keys.types import Clusters, cluster_capacity
+from ssa_framework.ops.index_bounds import any_outside
+from ssa_framework.proposals import Bounds
 
 _BACKENDS = ("auto", "numba", "torch", "triton")
 _COARSE_KEYS = 8
@@ -102,10 +104,11 @@ def _why_not_triton(k: Tensor, clusters: int) -> str | None:
 
 
 def _check_reach(starts: Tensor, keys: int, length: int) -> None:
-    fits = ((starts >= -1) & ((starts < 0) | (starts <= keys - length))).all()
+    last = max(-1, keys - length)
     message = f"segments of {length} keys must start at -1 (not used) or at 0 to M - {length} = {keys - length}"
     if starts.device.type == "cpu":
-        if not bool(fits):
+        if starts.numel() and not (int(starts.min()) >= -1 and int(starts.max()) <= last):
             raise ShapeError(f"{message}, got starts from {int(starts.min())} to {int(starts.max())}")
     elif starts.device.type != "meta":
-        torch._assert_async(fits, message)  # asking for the answer would wait for the device
+        outside = any_outside([Bounds(starts, starts, -1, last)], starts.device)
+        torch._assert_async(~outside, message)  # asking for the answer would wait for the device
