@@ -334,16 +334,19 @@ def eval_model() -> str:
     for r in rows("eval_model.csv"):
         found.setdefault(int(r["length"]), {})[r["mix"]] = r
 
-    def line(length: int, dense: Row, sparse: Row) -> list[str]:
+    def line(length: int, dense: Row, used: Row, sparse: Row) -> list[str]:
         change = 100 * (float(sparse["perplexity"]) / float(dense["perplexity"]) - 1)
-        prefill = (f"{number(r['prefill_s'])} s" for r in (dense, sparse))
-        token = (f"{float(r['token_ms']):.0f} ms" for r in (dense, sparse))
-        ratios = sparse["dense_over_sparse_prefill"], sparse["dense_over_sparse_token"]
-        return [f"{length:,}", *prefill, ratios[0], *token, ratios[1], f"{change:+.2f} %"]
+        prefill = (f"{number(r['prefill_s'])} s" for r in (dense, used))
+        token = (f"{float(r['token_ms']):.0f} ms" for r in (dense, used))
+        ratios = [f"{r['dense_over_sparse_' + what]}" for what in ("prefill", "token") for r in (used, sparse)]
+        return [f"{length:,}", *prefill, *ratios[:2], *token, *ratios[2:], f"{change:+.2f} %"]
 
-    head = ["context", "prefill, dense", "`balanced`", "dense / sparse", "each token, dense", "`balanced`"]
-    body = (line(length, of["dense"], of["balanced"]) for length, of in found.items())
-    return table([*head, "dense / sparse", "perplexity"], body)
+    head = [
+        "context", "prefill, dense", "`balanced`", "dense / `balanced`", "always sparse", "each token, dense",
+        "`balanced`", "dense / `balanced`", "always sparse", "perplexity, always sparse",
+    ]  # fmt: skip
+    body = (line(length, of["dense"], of["balanced"], of["balanced, always sparse"]) for length, of in found.items())
+    return table(head, body)
 
 
 def perplexity_fast() -> str:

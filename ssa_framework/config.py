@@ -90,7 +90,8 @@ class SSAConfig:
         backend: ``"auto"`` or the name of one implementation, which then serves the call or raises.
         dense_below: ``None`` computes densely only where the graph would hold every allowed key anyway; a number
             computes densely for fewer keys than that; ``"auto"`` wherever dense attention is measured to be faster
-            on this machine, so that the layer is never slower than dense (see `ssa_framework.crossover`); 0 never.
+            on this machine, so that the layer is never slower than dense (see `ssa_framework.crossover`), and on a
+            cache for fewer keys than a fixed number for each kind of device; 0 never.
         seed: of everything random in the sources.
         rope_base: rotary position embedding of queries and keys in self-attention with this base (usually 10000.0);
             ``None`` leaves positions to the caller, as the original project does.

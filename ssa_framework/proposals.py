@@ -172,13 +172,16 @@ class KnownTensors:
         known = self._known.get(what)
         if known is not None and known[0] is tensor and known[1] == tensor._version:
             return None
-        # the tensor that is kept here holds its memory, so no other can have its address
-        self._known[what] = (tensor, tensor._version)
         if known is None or known[1] != tensor._version or known[0].data_ptr() != tensor.data_ptr():
             return tensor
         same = known[0].shape[:-1] == tensor.shape[:-1] and known[0].stride() == tensor.stride()
         length = known[0].shape[-1]
         return tensor[..., length:] if same and length <= tensor.shape[-1] else tensor
+
+    def keep(self, tensor: Tensor, what: str) -> None:
+        """Remember a tensor that passed."""
+        # what is kept here holds its memory, so no other can have its address
+        self._known[what] = (tensor, tensor._version)
 
     def has_interval(self, first: Tensor, last: Tensor, high: int, what: str) -> bool:
         """Whether the last bounds that passed are these very tensors, below the same ``high``."""
@@ -188,7 +191,9 @@ class KnownTensors:
         return known[2:] == (first._version, last._version, high)
 
     def keep_interval(self, first: Tensor, last: Tensor, high: int, what: str) -> None:
-        if not (first.is_inference() or last.is_inference()):  # those do not tell when they change
+        """Remember bounds that passed, unless they are worth memory; or of inference mode, where none tells that it
+        changes."""
+        if first.numel() + last.numel() <= _SMALL and not (first.is_inference() or last.is_inference()):
             self._intervals[what] = first, last, first._version, last._version, high
 
 
@@ -245,12 +250,16 @@ def _check_bounds(
     if call.trusted:
         return
     unknown = tensor if known is None else known.unchecked(tensor, what)
-    if unknown is None or unknown.numel() == 0:
-        return
-    tensor = unknown
-    if call.pending is not None:
-        call.pending.append(Bounds(tensor, tensor, low, high))
-        return
+    if unknown is not None and unknown.numel():
+        if call.pending is not None:
+            call.pending.append(Bounds(unknown, unknown, low, high))
+        else:
+            _require_bounds(unknown, low, high, what, call.source)
+    if known is not None:
+        known.keep(tensor, what)
+
+
+def _require_bounds(tensor: Tensor, low: int, high: int, what: str, source: str) -> None:
     if _starts_fast(tensor):
         numbers = tensor.numpy()
         if low <= numbers.min() and numbers.max() <= high:
@@ -259,8 +268,7 @@ def _check_bounds(
     require(
         (smallest >= low) & (largest <= high),
         lambda: (
-            f"source {call.source!r}: {what} must lie in [{low}, {high}], got values in [{int(smallest)}, "
-            f"{int(largest)}]"
+            f"source {source!r}: {what} must lie in [{low}, {high}], got values in [{int(smallest)}, {int(largest)}]"
         ),
     )
 

@@ -25,10 +25,10 @@ from ssa_framework import (
     sparse_attention,
 )
 from ssa_framework.decoding import attend_cached
-from ssa_framework.errors import CacheError, ConfigError, GraphError, ShapeError
+from ssa_framework.errors import CacheError, ConfigError, GraphError, ProposalError, ShapeError
 from ssa_framework.growing import GrowingTensor
 from ssa_framework.ops.neighbor_attention import neighbor_attention
-from ssa_framework.plugin import NeighborSource, Ranges
+from ssa_framework.plugin import NeighborSource, Ranges, RoutingContext, Spans
 from ssa_framework.router import Router
 
 LENGTH, HEADS, KV_HEADS, DIM = 160, 4, 2, 16
@@ -454,3 +454,43 @@ def test_sources_without_a_state_see_all_keys() -> None:
     router = Router(config("preset").replace(sources={"nearest": {}}), registry=registry)
     decode(router, LayerCache(), make_tokens(), [100, 1, 1])
     assert seen == [100, 101, 102]
+
+
+@pytest.mark.parametrize("how", ["another tensor", "in place", "below fewer keys"])
+def test_what_a_source_keeps_is_checked_when_it_changes(how: str) -> None:
+    """Bounds that passed are not looked at again, but whatever takes their place is."""
+
+    class Kept(NeighborSource):
+        rebuilds = False
+
+        def init_state(self, ctx: RoutingContext) -> list[Tensor]:
+            return [torch.zeros(1, 1, dtype=torch.int32), torch.full((1, 1), 30, dtype=torch.int32)]
+
+        def append(self, state: list[Tensor], ctx: RoutingContext) -> list[Tensor]:
+            return state
+
+        def crop(self, state: list[Tensor], length: int) -> list[Tensor]:
+            return state
+
+        def propose(self, ctx: RoutingContext) -> Spans:
+            start, end = ctx.state  # these very tensors in a step
+            return (
+                Spans(start, end)
+                if ctx.num_queries == 1
+                else Spans(*(x.expand(1, ctx.num_queries) for x in (start, end)))
+            )
+
+    registry = SourceRegistry()
+    registry.register("kept", Kept)
+    router = Router(config("preset").replace(sources={"kept": {}}), registry=registry)
+    cache, tokens = LayerCache(), make_tokens()
+    decode(router, cache, tokens, [50, 1, 1])
+    state = cache.states._indices["kept"].state
+    if how == "another tensor":
+        state[1] = torch.full((1, 1), 1000, dtype=torch.int32)
+    elif how == "in place":
+        state[0].fill_(-1)
+    else:
+        cache.crop(20)
+    with pytest.raises(ProposalError, match=r"Spans\.(start|end) must lie in"):
+        decode(router, cache, tokens, [1])
