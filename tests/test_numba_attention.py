@@ -291,14 +291,14 @@ graph = NeighborGraph.from_lists(torch.arange(20).view(1, 1, 20, 1), num_keys=20
 {before}
 for _ in range(2):
     out, _ = neighbor_attention(q, k, v, graph, backend="numba")
-    out.sum().backward()
+    {after}
 print("done")
 """
 
 
 def test_compilation_is_announced_once_and_cached(tmp_path: Path) -> None:
     cache = str(tmp_path / "cache")
-    code = SMALL_CALL.format(before="")
+    code = SMALL_CALL.format(before="", after="out.sum().backward()")
     cold = python(tmp_path, code, NUMBA_CACHE_DIR=cache)
     assert cold.stderr.count("compiling CPU kernels") == 1
     assert "attend_rows" in cold.stderr
@@ -311,6 +311,8 @@ def test_an_unwritable_cache_costs_a_warning(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")  # a path below a file can't be made, not even by root
     # ... and no other place: neither beside the sources nor in the home of the user
     only = "from numba.core import caching as c; c.CacheImpl._locator_classes = [c.UserProvidedCacheLocator]"
-    result = python(tmp_path, SMALL_CALL.format(before=only), NUMBA_CACHE_DIR=str(tmp_path / "file" / "cache"))
+    result = python(
+        tmp_path, SMALL_CALL.format(before=only, after=""), NUMBA_CACHE_DIR=str(tmp_path / "file" / "cache")
+    )
     assert result.stdout.strip() == "done"
     assert result.stderr.count("RuntimeWarning: CPU kernels cannot be cached") == 1

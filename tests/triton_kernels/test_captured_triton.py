@@ -14,7 +14,7 @@ from ssa_framework.ops.neighbor_attention import triton_few_call
 from ssa_framework.router import Router
 
 HEADS, KV_HEADS, DIM = 4, 2, 16
-CLUSTERS = {"levels": [[16, 4], [32, 8]], "keys": 8}
+CLUSTERS = {"levels": [[8, 4], [16, 8]], "keys": 8}
 
 
 def router(**options: object) -> Router:
@@ -71,14 +71,14 @@ def both(layer: Router, given: list[Tensor], first: int, changes: dict[int, int]
 
 
 def test_same_as_plain_steps() -> None:
-    steps = both(router(), tokens(51, batch=2), 29, {})
+    steps = both(router(), tokens(27, batch=2), 13, {})
     assert steps.captures == 3
-    assert steps.replays == 2 + 14 + 2
+    assert steps.replays == 2 + 6 + 2
 
 
 def test_same_after_a_crop_and_where_room_is_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ssa_framework.growing._SMALLEST_ROOM", 1)
-    steps = both(router(), tokens(46), 34, {39: 36})
+    steps = both(router(), tokens(23), 17, {20: 18})
     assert steps.captures >= 2
     assert steps.replays > 4
 
@@ -95,9 +95,9 @@ def test_same_after_a_crop_and_where_room_is_used_up(monkeypatch: pytest.MonkeyP
 )
 def test_plain_steps_where_a_step_depends_on_more_than_positions(options: dict[str, object]) -> None:
     layer = router(**options)
-    cache, given = LayerCache(), tokens(38)
-    attend_cached(layer, cache, *(x[:, :, :35] for x in given))
-    assert CapturedSteps(layer, cache)._steady_steps(given[0][:, :, 35:36]) == 0
+    cache, given = LayerCache(), tokens(22)
+    attend_cached(layer, cache, *(x[:, :, :19] for x in given))
+    assert CapturedSteps(layer, cache)._steady_steps(given[0][:, :, 19:20]) == 0
 
 
 def test_bands_are_captured() -> None:
@@ -106,16 +106,16 @@ def test_bands_are_captured() -> None:
 
 
 def test_padding_several_tokens_and_mistakes() -> None:
-    layer, given = router(), tokens(40, batch=2)
+    layer, given = router(), tokens(22, batch=2)
     padded, cache = LayerCache(), LayerCache()
-    keep = torch.arange(36) >= torch.tensor([[0], [3]])
-    attend_cached(layer, padded, *(x[:, :, :36] for x in given), key_keep=keep)
-    assert CapturedSteps(layer, padded)._steady_steps(given[0][:, :, 36:37]) == 0
+    keep = torch.arange(20) >= torch.tensor([[0], [3]])
+    attend_cached(layer, padded, *(x[:, :, :20] for x in given), key_keep=keep)
+    assert CapturedSteps(layer, padded)._steady_steps(given[0][:, :, 20:21]) == 0
     layer = router()
     steps = CapturedSteps(layer, cache)
-    assert steps(*(x[:, :, :36] for x in given)).shape == (2, HEADS, 36, DIM)
-    steps(*(x[:, :, 36:37] for x in given))
-    assert (steps.captures, cache.length) == (1, 37)
+    assert steps(*(x[:, :, :20] for x in given)).shape == (2, HEADS, 20, DIM)
+    steps(*(x[:, :, 20:21] for x in given))
+    assert (steps.captures, cache.length) == (1, 21)
     with pytest.raises(ShapeError, match="of the new tokens"):
         steps(given[0][:, :, :1], *(x[:, :, :2] for x in given[1:]))
-    assert cache.length == 37
+    assert cache.length == 21
