@@ -192,10 +192,10 @@ def _kept(entries, count, least, ROWS: tl.constexpr, CAPACITY: tl.constexpr, CHU
 
 @triton.jit
 def _most_of(
-    entries, count, least, most, LIMIT: tl.constexpr, ROWS: tl.constexpr, CAPACITY: tl.constexpr, CHUNK: tl.constexpr
+    entries, count, least, most, KEPT: tl.constexpr, ROWS: tl.constexpr, CAPACITY: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
-    """An entry, int64 ``[ROWS]``, that at least ``most`` and at most ``LIMIT`` entries of a row are no smaller than;
-    ``least`` where the row has no more than ``LIMIT``. By bisection: no two entries of a row are equal."""
+    """An entry, int64 ``[ROWS]``, that at least ``most`` and at most ``KEPT`` entries of a row are no smaller than;
+    ``least`` where the row has no more than ``KEPT``. By bisection: no two entries of a row are equal."""
     row = tl.arange(0, ROWS)[:, None] * CAPACITY
     low = least
     high = tl.full((ROWS,), LOWEST_ENTRY, tl.int64)
@@ -203,7 +203,7 @@ def _most_of(
         slot = first + tl.arange(0, CHUNK)[None, :]
         entry = tl.load(entries + row + slot, mask=slot < count[:, None], other=LOWEST_ENTRY)
         high = tl.maximum(high, tl.max(entry, 1) + 1)
-    many = count > LIMIT
+    many = count > KEPT
     while tl.max(many.to(tl.int32), 0) > 0:
         middle = (low & high) + ((low ^ high) >> 1)
         above = tl.zeros((ROWS,), tl.int32)
@@ -213,13 +213,17 @@ def _most_of(
             above += tl.sum((entry >= middle[:, None]).to(tl.int32), 1)
         low = tl.where(many & (above >= most), middle, low)
         high = tl.where(above >= most, high, middle)
-        many = many & ((above < most) | (above > LIMIT))
+        many = many & ((above < most) | (above > KEPT))
     return low
 
 
 @triton.jit
-def _compress(scratch, most, LIMIT: tl.constexpr, ROWS: tl.constexpr, CAPACITY: tl.constexpr, CHUNK: tl.constexpr):
-    """Drop the entries below the bounds, and, where more than ``LIMIT`` are left in some row, all but ``most``.
+def _compress(
+    scratch, most, LIMIT: tl.constexpr, KEPT: tl.constexpr, ROWS: tl.constexpr, CAPACITY: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Drop the entries below the bounds, and, where more than ``LIMIT`` are left in some row, all but the best ``KEPT``
+    of each or fewer, but no fewer than ``most``.
 
     Counts and bounds come and go through memory: what the main loop holds stays in the layout of its products.
     """
@@ -230,7 +234,7 @@ def _compress(scratch, most, LIMIT: tl.constexpr, ROWS: tl.constexpr, CAPACITY: 
     least = tl.load(scratch.bounds + row).to(tl.int64) << 32
     count = _kept(entries, count, least, ROWS, CAPACITY, CHUNK)
     if tl.max(count, 0) > LIMIT:
-        least = _most_of(entries, count, least, most, LIMIT, ROWS, CAPACITY, CHUNK)
+        least = _most_of(entries, count, least, most, KEPT, ROWS, CAPACITY, CHUNK)
         count = _kept(entries, count, least, ROWS, CAPACITY, CHUNK)
     tl.debug_barrier()
     tl.store(scratch.counts + row, count)
@@ -327,13 +331,13 @@ def rank_kernel(
                     if most_entries > CAPACITY - CLUSTERS:
                         tl.store(counts + rows, count)
                         tl.store(bounds + rows, _raised(bound, buckets, opened.budget, opened.most))
-                        _compress(scratch, opened.most, CAPACITY - CLUSTERS, ROWS, CAPACITY, CLUSTERS)
+                        _compress(scratch, opened.most, CAPACITY - CLUSTERS, KEPT, ROWS, CAPACITY, CLUSTERS)
                         count = tl.load(counts + rows)
                         bound = tl.load(bounds + rows)
                         most_entries = tl.max(count, 0)
         tl.store(counts + rows, count)
         tl.store(bounds + rows, _raised(bound, buckets, opened.budget, opened.most))
-        _compress(scratch, opened.most, KEPT, ROWS, CAPACITY, CLUSTERS)
+        _compress(scratch, opened.most, KEPT, KEPT, ROWS, CAPACITY, CLUSTERS)
         for part in range(0, ROWS, SORTED):
             some = part + tl.arange(0, SORTED)[:, None]
             here = entries + some * CAPACITY + slot
