@@ -100,16 +100,16 @@ class SegmentSource(NeighborSource):
 
     def _clustered(self, ctx: RoutingContext, sizes: list[tuple[int, int]]) -> tuple[Places, list[Level]]:
         """The keys by place, cut into the segments of the first level, and the levels that have full segments."""
-        places = [Places.of(ctx, segment) for segment, _ in sizes]
+        places = Places.of(ctx, [segment for segment, _ in sizes])
         own, levels = places[0], []
         keys: Tensor | None = None
         if ctx.spread is None:  # once for all levels; all of them place the keys alike
             keys = ctx.shared_k if own.order is None else take(ctx.shared_k, own.order)
-        for i, size in enumerate(sizes):
-            here, first = places[i], None
+        for i, (here, size) in enumerate(zip(places, sizes, strict=False)):
             if not here.starts.shape[1]:
-                break  # not one full segment, nor on a higher level
-            if i + 1 < len(sizes):  # what is full on the next level is seen there
+                break  # not one full segment
+            first = None
+            if i + 1 < len(places):  # what is full on the next level is seen there
                 above = places[i + 1]
                 first = here.first + (above.stop - above.first) * (sizes[i + 1][0] // size[0])
             if keys is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,28 +31,48 @@ class Places:
 
     Attributes:
         order: int32 ``[B or 1, M]``, the key at each place; ``None`` = keys stand where they are.
+        length: keys of a segment.
         starts: int32 ``[B or 1, F]``, the place of the first key of every segment; -1 = not used.
         first, stop: int32 ``[B or 1, N]``: segments from first to stop - 1 are open to a query.
-        own, end: int32 ``[B or 1, N]``: places from own to end - 1 hold the keys that it looks at one by one.
+        begin, end: int32 ``[B or 1, N]``: places from begin to end - 1 hold all keys that a query may look at.
     """
 
     order: Tensor | None
+    length: int
     starts: Tensor
     first: Tensor
     stop: Tensor
-    own: Tensor
+    begin: Tensor
     end: Tensor
 
+    @property
+    def own(self) -> Tensor:
+        """int32 ``[B or 1, N]``: places from own to end - 1 hold the keys that a query looks at one by one."""
+        return self.begin + (self.stop - self.first) * self.length
+
     @classmethod
-    def of(cls, ctx: RoutingContext, length: int) -> Places:
+    def of(cls, ctx: RoutingContext, lengths: Sequence[int]) -> list[Places]:
+        """For each length of a segment, ascending; at least for the first, and not where there is no full segment."""
         keys = ctx.num_keys
         # a query that ends a segment still stands in it, so that a segment behind all others is open to nobody
-        segments = max(0, keys - 1 if ctx.causal else keys) // length
+        open_keys = max(0, keys - 1 if ctx.causal else keys)
+        lengths = [lengths[0], *(length for length in lengths[1:] if length <= open_keys)]
         if ctx.documents is None and ctx.key_keep is None:
-            starts = torch.arange(segments, dtype=torch.int32, device=ctx.device)[None] * length
             end = (ctx.positions + 1).clamp(max=keys) if ctx.causal else torch.full_like(ctx.positions, keys)
-            zero = torch.zeros_like(end)
-            return cls(None, starts, zero, *_split(zero, end, length, ctx.causal), end)
+            begin = torch.zeros_like(end)
+            size = (end - 1).clamp(min=0) if ctx.causal else end
+            return [
+                cls(
+                    None,
+                    length,
+                    torch.arange(0, open_keys // length * length, length, dtype=torch.int32, device=ctx.device)[None],
+                    begin,
+                    torch.div(size, length, rounding_mode="floor"),
+                    begin,
+                    end,
+                )
+                for length in lengths
+            ]
         documents = ctx.documents
         of_keys = torch.zeros((1, keys), dtype=torch.int64, device=ctx.device)
         of_queries = torch.zeros((1, ctx.num_queries), dtype=torch.int64, device=ctx.device)
@@ -71,12 +92,16 @@ class Places:
         begin = torch.searchsorted(rank, of_queries.contiguous() * (keys + 1))
         reach = ctx.positions.long() if ctx.causal else torch.full_like(ctx.positions, keys - 1, dtype=torch.int64)
         end = torch.searchsorted(rank, (of_queries * (keys + 1) + reach).contiguous(), right=True)
-        end = torch.where(of_queries < 0, begin, end)
-        starts, before = _segments_of_documents(rank, count, keys, length, segments)
-        begin, end = begin.int(), end.int()
-        stop, own = _split(begin, end, length, ctx.causal)
-        first = before.gather(1, of_queries.clamp(min=0)).int()
-        return cls(order.int(), starts, first, first + stop, own, end)
+        end = torch.where(of_queries < 0, begin, end).int()
+        begin, order, document = begin.int(), order.int(), of_queries.clamp(min=0)
+        size = (end - begin - 1 if ctx.causal else end - begin).clamp(min=0)
+        found = []
+        for length in lengths:
+            starts, before = _segments_of_documents(rank, count, keys, length, open_keys // length)
+            first = before.gather(1, document).int()
+            stop = first + torch.div(size, length, rounding_mode="floor")
+            found.append(cls(order, length, starts, first, stop, begin, end))
+        return found
 
     def best_of(self, ctx: RoutingContext, opened: Opened | None) -> Ranges:
         """Opened clusters and, behind them in the same order, the own keys, of which the best are attended."""
@@ -98,16 +123,17 @@ class Places:
 
     def _own_span(self, ctx: RoutingContext) -> tuple[Tensor, Tensor]:
         """First and one past the last position of the own keys; keys of other documents may lie between."""
+        own = self.own
         if self.order is None or not ctx.num_keys:
-            return self.own, self.end
-        some = self.end > self.own
-        rows = max(self.order.shape[0], self.own.shape[0])
+            return own, self.end
+        some = self.end > own
+        rows = max(self.order.shape[0], own.shape[0])
         order = self.order.expand(rows, -1)
 
         def key_at(place: Tensor) -> Tensor:
             return order.gather(1, place.clamp(0, ctx.num_keys - 1).long().expand(rows, -1))
 
-        return torch.where(some, key_at(self.own), 0), torch.where(some, key_at(self.end - 1) + 1, 0)
+        return torch.where(some, key_at(own), 0), torch.where(some, key_at(self.end - 1) + 1, 0)
 
     def by_place(self, ctx: RoutingContext) -> Tensor:
         """The key at each place, int32 ``[B, Hkv, M]``."""
@@ -200,14 +226,6 @@ class Opened:
             members.append(level.members(num_keys, count))
             count += level.clusters.size.shape[2]
         return Summaries(torch.stack(members, dim=2), count, self.first, self.stop, self.numbers)
-
-
-def _split(begin: Tensor, end: Tensor, length: int, causal: bool) -> tuple[Tensor, Tensor]:
-    """Of the places from ``begin`` to ``end``: how many full segments a query may open, and where the rest begins."""
-    size = end - begin
-    # causal: a query that ends a segment still stands in it
-    full = torch.div(size - 1 if causal else size, length, rounding_mode="floor").clamp(min=0)
-    return full, begin + full * length
 
 
 def _segments_of_documents(rank: Tensor, count: int, keys: int, length: int, segments: int) -> tuple[Tensor, Tensor]:

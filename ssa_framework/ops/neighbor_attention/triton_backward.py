@@ -109,21 +109,9 @@ def query_gradient_kernel(
             elif slices.start is not None:
                 slots -= count
                 others = sliced_keys(
-                    order,
-                    slices,
-                    fixed,
-                    columns,
-                    batch,
-                    row,
-                    position,
-                    after,
-                    shift,
-                    sliced,
-                    slots,
-                    num_keys,
-                    SLICES,
-                    CAUSAL,
-                )
+                    order, slices, fixed, columns, batch, row, position, after, shift, sliced, slots, num_keys,
+                    SLICES, CAUSAL,
+                )  # fmt: skip
                 keys = tl.where(slots < 0, keys, others)
             acc = _query_step(
                 keys, x, dx, row_lse, delta, acc, k, v, k_start, v_start, scale * LOG2_E,
@@ -144,26 +132,15 @@ def query_gradient_kernel(
             begin = 0
         slots = begin + tl.arange(0, SLOTS)
         keys = sliced_keys(
-            order, slices, fixed, columns, batch, row, position, after, shift, sliced, slots, num_keys, SLICES, CAUSAL
-        )
+            order, slices, fixed, columns, batch, row, position, after, shift, sliced, slots, num_keys,
+            SLICES, CAUSAL,
+        )  # fmt: skip
         for start in range(begin, sliced, SLOTS):
             slots = start + SLOTS + tl.arange(0, SLOTS)
             next_keys = sliced_keys(
-                order,
-                slices,
-                fixed,
-                columns,
-                batch,
-                row,
-                position,
-                after,
-                shift,
-                sliced,
-                slots,
-                num_keys,
-                SLICES,
-                CAUSAL,
-            )
+                order, slices, fixed, columns, batch, row, position, after, shift, sliced, slots, num_keys,
+                SLICES, CAUSAL,
+            )  # fmt: skip
             acc = _query_step(
                 keys, x, dx, row_lse, delta, acc, k, v, k_start, v_start, scale * LOG2_E,
                 K_ROW, V_ROW, D, DV, W, WV, PADDED, PRECISION,

@@ -178,21 +178,9 @@ def attend_few_kernel(
         for start in range(from_slot, to_slot, SLOTS):
             slots = start + number
             keys = sliced_keys(
-                order,
-                slices,
-                fixed,
-                columns,
-                batch,
-                row,
-                position,
-                slice_end,
-                shift,
-                sliced,
-                slots,
-                num_keys,
-                SLICES,
-                CAUSAL,
-            )
+                order, slices, fixed, columns, batch, row, position, slice_end, shift, sliced, slots, num_keys,
+                SLICES, CAUSAL,
+            )  # fmt: skip
             keys = tl.where(slots < to_slot, keys, -1)
             m, total, acc = _attend(
                 keys, x, None, m, total, acc, k, v, k_start, v_start, scale,

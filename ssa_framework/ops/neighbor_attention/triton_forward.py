@@ -104,21 +104,9 @@ def attend_kernel(
             elif slices.start is not None:
                 slots -= count
                 others = sliced_keys(
-                    order,
-                    slices,
-                    fixed,
-                    columns,
-                    batch,
-                    row,
-                    position,
-                    after,
-                    shift,
-                    sliced,
-                    slots,
-                    num_keys,
-                    SLICES,
-                    CAUSAL,
-                )
+                    order, slices, fixed, columns, batch, row, position, after, shift, sliced, slots, num_keys,
+                    SLICES, CAUSAL,
+                )  # fmt: skip
                 keys = tl.where(slots < 0, keys, others)
             m, total, acc = _attend(
                 keys, x, m, total, acc, k, v, k_start, v_start, scale,
@@ -139,26 +127,15 @@ def attend_kernel(
             begin = 0
         slots = begin + tl.arange(0, SLOTS)
         keys = sliced_keys(
-            order, slices, fixed, columns, batch, row, position, after, shift, sliced, slots, num_keys, SLICES, CAUSAL
-        )
+            order, slices, fixed, columns, batch, row, position, after, shift, sliced, slots, num_keys,
+            SLICES, CAUSAL,
+        )  # fmt: skip
         for start in range(begin, sliced, SLOTS):
             slots = start + SLOTS + tl.arange(0, SLOTS)
             next_keys = sliced_keys(
-                order,
-                slices,
-                fixed,
-                columns,
-                batch,
-                row,
-                position,
-                after,
-                shift,
-                sliced,
-                slots,
-                num_keys,
-                SLICES,
-                CAUSAL,
-            )
+                order, slices, fixed, columns, batch, row, position, after, shift, sliced, slots, num_keys,
+                SLICES, CAUSAL,
+            )  # fmt: skip
             m, total, acc = _attend(
                 keys, x, m, total, acc, k, v, k_start, v_start, scale,
                 K_ROW, V_ROW, D, DV, W, WV, PADDED, FP32, PRECISION,
