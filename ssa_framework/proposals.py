@@ -159,7 +159,7 @@ _SMALL = 4096
 
 class KnownTensors:
     """Index tensors that were found in bounds before: what a source keeps in a cache is looked at once, not in every
-    step."""
+    step. On a GPU, those that are being looked at: the program ends if one is not."""
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[Tensor, int]] = {}
