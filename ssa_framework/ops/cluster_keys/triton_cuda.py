@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from ssa_framework.ops import triton_runtime
-from ssa_framework.ops.cluster_keys.triton_gather import Found, gather_kernel, members_kernel
+from ssa_framework.ops.cluster_keys.triton_gather import Found, members_kernel, order_kernel, piece_kernel
 from ssa_framework.ops.cluster_keys.triton_lloyd import (
     Centroids,
     Segments,
@@ -140,10 +140,12 @@ def cluster(
         counts = _cluster_at_once(segments, clusters, steps, stride, owners, shape)
     else:
         counts = _cluster_in_chunks(segments, clusters, steps, stride, owners, order, shape)
-    gather_kernel[(count * clusters, heads, batch)](
-        segments, owners, counts, counts.shape[3], clusters, capacity,
-        Found._make((order, start, size, *tables, slots)), KEYS=16, PLACES=_places(length), **shape, num_warps=1,
+    found = Found._make((order, start, size, *tables, slots))
+    order_kernel[(count * clusters, heads, batch)](
+        segments, owners, counts, counts.shape[3], clusters, capacity, found,
+        CLUSTERS=columns, PLACES=_places(length), num_warps=1,
     )  # fmt: skip
+    piece_kernel[(count * slots, heads, batch)](segments, found, D=dim, W=width, KEYS=16, num_warps=1)
     return Clusters(order, start, size, *tables)
 
 
@@ -204,7 +206,7 @@ def _cluster_in_chunks(
         if step < len(steps):
             mean_kernel[(count * clusters, heads, batch)](
                 segments, table, owners, counts[step], scratch, keys, apart,
-                **shape, KEYS=16, PLACES=_places(length), PARTS=parts, num_warps=1,
+                **shape, KEYS=32, PLACES=_places(length), PARTS=parts, num_warps=1,
             )  # fmt: skip
     return counts[-1]
 

@@ -1,4 +1,4 @@
-"""The kernel that puts the keys of a segment in the order of its clusters, cuts large ones, and averages each piece."""
+"""Kernels that put the keys of a segment in the order of its clusters, cut large ones, and average each piece."""
 
 from __future__ import annotations
 
@@ -44,18 +44,17 @@ def _collect(owners, mine, into, first_key, keys, PLACES: tl.constexpr):
 
 
 @triton.jit
-def gather_kernel(
-    segments, owners, counts, parts, clusters, capacity, found,
-    D: tl.constexpr, W: tl.constexpr, KEYS: tl.constexpr, PLACES: tl.constexpr, CLUSTERS: tl.constexpr,
-):  # fmt: skip
-    """All of one centroid of a segment: ``program_id(0)``, counted through all segments.
+def order_kernel(
+    segments, owners, counts, parts, clusters, capacity, found, CLUSTERS: tl.constexpr, PLACES: tl.constexpr
+):
+    """The keys of one centroid of a segment, ``program_id(0)``, counted through all segments, and where its pieces are.
 
     A counting sort: what the centroids before it own is before its keys, and these keep their order. Slots that no
     piece takes are shared by the programs of the segment, which write zeros there.
     """
     mine = tl.program_id(0) % clusters
     number_of_segment = tl.program_id(0) // clusters
-    index, keys, start = _segment(segments, number_of_segment)
+    index, _, start = _segment(segments, number_of_segment)
     number = tl.arange(0, CLUSTERS)
     count = tl.zeros((CLUSTERS,), tl.int32)
     for part in range(parts):
@@ -67,43 +66,47 @@ def gather_kernel(
     slot = tl.sum(tl.where(number < mine, pieces, 0), 0)
     taken = tl.sum(pieces, 0)
     of_segment = index * segments.length
-    ordered = found.order + of_segment + before
     if n > 0:
-        _collect(owners + of_segment, mine, ordered, start, segments.length, PLACES)
-    tl.debug_barrier()  # read back in another order than written
-    dims = tl.arange(0, W)
+        _collect(owners + of_segment, mine, found.order + of_segment + before, start, segments.length, PLACES)
     parts_of_mine = (n + capacity - 1) // capacity
     out = index * found.slots + slot
     for piece in range(parts_of_mine):
         begin = (n.to(tl.int64) * piece // parts_of_mine).to(tl.int32)
         size = (n.to(tl.int64) * (piece + 1) // parts_of_mine).to(tl.int32) - begin
-        total = tl.zeros((W,), tl.float32)
-        for first in range(0, size, KEYS):
-            nth = first + tl.arange(0, KEYS)
-            key = tl.load(ordered + begin + nth, mask=nth < size, other=0) - start
-            total += tl.sum(_keys(keys, segments, key, nth < size, D, W).to(tl.float32), 0)
-        mean = total / size
-        squares = tl.zeros((W,), tl.float32)
-        for first in range(0, size, KEYS):
-            nth = first + tl.arange(0, KEYS)
-            key = tl.load(ordered + begin + nth, mask=nth < size, other=0) - start
-            apart = _keys(keys, segments, key, nth < size, D, W).to(tl.float32) - mean[None, :]
-            squares += tl.sum(tl.where((nth < size)[:, None], apart * apart, 0.0), 0)
         tl.store(found.start + out + piece, number_of_segment * segments.length + before + begin)
         tl.store(found.size + out + piece, size)
-        tl.store(found.centroids + (out + piece) * D + dims, mean, mask=dims < D)
-        tl.store(found.variances + (out + piece) * D + dims, squares / size, mask=dims < D)
-    zeros = tl.zeros((W,), tl.float32)
     for empty in range(taken + mine, found.slots, clusters):
-        at = index * found.slots + empty
-        tl.store(found.start + at, 0)
-        tl.store(found.size + at, 0)
-        tl.store(found.centroids + at * D + dims, zeros, mask=dims < D)
-        tl.store(found.variances + at * D + dims, zeros, mask=dims < D)
+        tl.store(found.start + index * found.slots + empty, 0)
+        tl.store(found.size + index * found.slots + empty, 0)
     if start < 0:
         for first in range(mine * PLACES, segments.length, clusters * PLACES):
             place = first + tl.arange(0, PLACES)
             tl.store(found.order + of_segment + place, tl.zeros((PLACES,), tl.int32), mask=place < segments.length)
+
+
+@triton.jit
+def piece_kernel(segments, found, D: tl.constexpr, W: tl.constexpr, KEYS: tl.constexpr):
+    """Mean and variances of the keys in slot ``program_id(0)``, counted through all segments; zeros in an empty one."""
+    number_of_segment = tl.program_id(0) // found.slots
+    index, keys, start = _segment(segments, number_of_segment)
+    out = index * found.slots + tl.program_id(0) % found.slots
+    size = tl.load(found.size + out)
+    ordered = found.order + (index - number_of_segment) * segments.length + tl.load(found.start + out)
+    dims = tl.arange(0, W)
+    total = tl.zeros((W,), tl.float32)
+    for first in range(0, size, KEYS):
+        nth = first + tl.arange(0, KEYS)
+        key = tl.load(ordered + nth, mask=nth < size, other=0) - start
+        total += tl.sum(_keys(keys, segments, key, nth < size, D, W).to(tl.float32), 0)
+    mean = total / tl.maximum(size, 1)
+    squares = tl.zeros((W,), tl.float32)
+    for first in range(0, size, KEYS):
+        nth = first + tl.arange(0, KEYS)
+        key = tl.load(ordered + nth, mask=nth < size, other=0) - start
+        apart = _keys(keys, segments, key, nth < size, D, W).to(tl.float32) - mean[None, :]
+        squares += tl.sum(tl.where((nth < size)[:, None], apart * apart, 0.0), 0)
+    tl.store(found.centroids + out * D + dims, mean, mask=dims < D)
+    tl.store(found.variances + out * D + dims, squares / tl.maximum(size, 1), mask=dims < D)
 
 
 @triton.jit

@@ -107,12 +107,15 @@ def mean_kernel(
         dims = tl.arange(0, W)
         middle = tl.load(table.middle + index * W + dims)
         total = tl.zeros((W,), tl.float32)
+        place = tl.arange(0, KEYS)
+        key = tl.load(ordered + place, mask=place < n, other=0)
         for first in range(0, n, KEYS):
-            place = first + tl.arange(0, KEYS)
-            inside = place < n
-            key = tl.load(ordered + place, mask=inside, other=0) * apart
-            x = _keys(keys, segments, key, inside, D, W).to(tl.float32) - middle[None, :]
+            inside = first + place < n
+            # asked for a step ahead: a large cluster waits for one load a step, not for two
+            later = tl.load(ordered + first + KEYS + place, mask=first + KEYS + place < n, other=0)
+            x = _keys(keys, segments, key * apart, inside, D, W).to(tl.float32) - middle[None, :]
             total += tl.sum(tl.where(inside[:, None], x, 0.0), 0)
+            key = later
         high, low = _parts((total / n)[None, :])
         row = index * CLUSTERS + mine
         at = row * W + dims[None, :]
