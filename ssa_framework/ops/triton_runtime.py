@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from triton import knobs
 
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 """Whether ``TRITON_INTERPRET=1`` was set when this module was imported: kernels then run on CPU tensors."""
+
+PTX = tl.constexpr(not INTERPRETED.value and torch.version.hip is None)
+"""Whether kernels are compiled by way of PTX, so that they may hold some."""
 
 
 @triton.jit

@@ -45,6 +45,17 @@ def test_ranges_that_overlap_or_hold_nothing() -> None:
     agree(whole_numbers(1, 2, 4, 8, seed=4), random_clusters(1, 2, 61, 8), (low, strided), 150, 20)
 
 
+def test_blocks_of_queries_that_see_the_same() -> None:
+    """Of three blocks of 64 queries, the first is all alike, the second has two kinds, the third ends early."""
+    clusters = random_clusters(1, 2, 200, 8)
+    centroids = clusters.centroids.clone()
+    centroids[0, :, 70] = torch.nan
+    low = torch.zeros((1, 150, 2), dtype=torch.int32)
+    high = torch.tensor([60, 180], dtype=torch.int32).expand(1, 150, 2).clone()
+    low[..., 1], low[:, 80:, 1], high[:, 80:, 0] = 60, 90, 50
+    agree(whole_numbers(1, 4, 150, 8, seed=4), replace(clusters, centroids=centroids), (low, high), 70, 9, 0.5)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy, about inf - inf
 def test_ties_and_scores_that_compare_with_nothing() -> None:
     clusters = random_clusters(1, 1, 50, 4, high=1)

@@ -100,7 +100,7 @@ def score_few_kernel(
         if kept.variances is not None:
             variances = tl.trans(tl.load(kept.variances + cells, mask=some, other=0.0).to(tl.bfloat16))
         # [ROWS, CLUSTERS]
-        scores = score_tile(x, rest, squares, tl.trans(high), tl.trans(low), variances, CLUSTERS, PARTS)
+        scores = score_tile(x, rest, squares, tl.trans(high), tl.trans(low), variances, CLUSTERS, PARTS) + 0.0  # no -0
         allowed = (number[None, :] >= least[:, None]) & (number[None, :] < most[:, None]) & (size > 0)[None, :]
         allowed = allowed & (scores > -float("inf"))  # and no NaN
         entry = (ordered_as_int(scores).to(tl.int64) << 32) | (number ^ 0x7FFFFFFF)[None, :].to(tl.int64)

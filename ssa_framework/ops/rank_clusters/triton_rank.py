@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ssa_framework.ops.triton_runtime import INTERPRETED, dot
+from ssa_framework.ops.triton_runtime import INTERPRETED, PTX, dot
 
 LOWEST = tl.constexpr(-(2**31))
 LOWEST_ENTRY = tl.constexpr(-(2**63))
@@ -100,8 +100,8 @@ def limits_of(limits, index, batch, row, real, slots):
 
 @triton.jit
 def ordered_as_int(scores):
-    """int32 that compare as float32 ``scores`` do, -0 as 0."""
-    bits = (scores + 0.0).to(tl.int32, bitcast=True)
+    """int32 that compare as float32 ``scores`` do, where none is -0."""
+    bits = scores.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
@@ -170,6 +170,30 @@ def _places(passes, first, CLUSTERS: tl.constexpr):
     # of the float32 2**20 + n, all bits of n are at a fixed place
     base = ((first << 3) + 0x49800000).to(tl.float32, bitcast=True)
     return ((before + base[:, None]).to(tl.int32, bitcast=True) >> 3) & 0xFFFFF
+
+
+@triton.jit
+def _store_in_place(base, places, values, mask):
+    """int64 ``values`` to ``base[places]``, from the lanes that hold them; ``places`` int32, not negative. `tl.store`
+    would first bring neighbors in memory together, through shared memory and 16 barriers a tile."""
+    if PTX:
+        tl.inline_asm_elementwise(
+            """{
+                .reg .pred wanted;
+                .reg .b64 address;
+                setp.ne.b32 wanted, $4, 0;
+                mad.wide.u32 address, $2, 8, $1;
+                @wanted st.global.b64 [address], $3;
+                mov.b32 $0, 0;
+            }""",
+            "=r,l,r,l,r",
+            [base, places, values, mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.store(base + places, values, mask=mask)
 
 
 @triton.jit
@@ -298,6 +322,7 @@ def rank_kernel(
             some = high > low
             first = tl.min(tl.where(some, low, LAST), 0)
             last = tl.max(tl.where(some, high, 0), 0)
+            alike = (tl.max(low, 0) <= first) & (tl.min(high, 0) >= last)  # every row sees first to last
             repeats = 0
             if not DISJOINT:
                 for earlier in range(index):
@@ -308,14 +333,17 @@ def rank_kernel(
                 size = tl.load(sizes + number, mask=number < last, other=0)
                 # [ROWS, CLUSTERS]
                 scores = _scores(x, rest, squares, table, of_head + start, W, CLUSTERS, PARTS)
-                allowed = (number[None, :] >= low[:, None]) & (number[None, :] < high[:, None]) & (size > 0)[None, :]
+                scores += tl.where(size > 0, 0.0, -float("inf"))[None, :]  # and no -0
+                if not alike:
+                    low, high = limits_of(limits, index, batch, row, real, table.slots)
+                    allowed = (number[None, :] >= low[:, None]) & (number[None, :] < high[:, None])
+                    scores = tl.where(allowed, scores, -float("inf"))
                 if repeats > 0:  # what an earlier range holds has been seen
                     for earlier in range(index):
                         begin, end = limits_of(limits, earlier, batch, row, real, table.slots)
                         seen = (number[None, :] >= begin[:, None]) & (number[None, :] < end[:, None])
-                        allowed = allowed & (seen == 0)
-                allowed = allowed & (scores > -float("inf"))  # and no NaN
-                ordered = tl.where(allowed, ordered_as_int(scores), LOWEST)
+                        scores = tl.where(seen, -float("inf"), scores)
+                ordered = tl.where(scores > -float("inf"), ordered_as_int(scores), LOWEST)  # and no NaN
                 buckets = tl.maximum(buckets, (ordered & ~_SIZE_BITS) | tl.minimum(size, _SIZE_BITS)[None, :])
                 tiles += 1
                 if (tiles & (tiles - 1)) == 0:
@@ -323,7 +351,7 @@ def rank_kernel(
                 passes = ordered >= bound[:, None]
                 to = _places(passes, rows * CAPACITY + count, CLUSTERS)
                 entry = (ordered.to(tl.int64) << 32) | (number ^ 0x7FFFFFFF)[None, :].to(tl.int64)
-                tl.store(entries + to, entry, mask=passes)
+                _store_in_place(entries, to, entry, passes)
                 count += tl.sum(passes.to(tl.int32), 1)
                 most_entries += CLUSTERS
                 if most_entries > CAPACITY - CLUSTERS:
