@@ -1,6 +1,6 @@
 """One decode step on a cache beside one dense step, on a GPU: batch 1, 32 heads over 8 KV heads × 128, bfloat16.
 
-Run by `decode.py --device cuda`. Steps are timed one by one with events, plain and captured (`CapturedSteps`). Dense
+Run by `decode.py --device cuda`. Steps are timed one by one with events, plain and captured (``replay=True``). Dense
 is the fastest of torch's kernels that serve one query. The L2 cache is overwritten before every step, sparse or
 dense, since other layers would do that. *Called*: from the first launch to the end of the last one, host included.
 *Captured*: replays of CUDA graphs, for the dense step too, host included. *Device*: the same replays where the host is
@@ -28,8 +28,7 @@ from torch.nn.attention import SDPBackend
 
 import ssa_framework
 from ssa_framework import LayerCache, SSAConfig
-from ssa_framework.captured import CapturedSteps
-from ssa_framework.decoding import attend_cached
+from ssa_framework.decoding import attend_cached, captured_steps
 from ssa_framework.ops.neighbor_attention import neighbor_attention
 from ssa_framework.quality.bench import under_kernel
 from ssa_framework.router import Router
@@ -75,15 +74,16 @@ def check(sources: Mapping[str, Mapping[str, Any]]) -> None:
     for way, lengths in ways.items():
         cache, place = LayerCache(), SAMPLE - CHECKED
         attend_cached(router, cache, *(x[:, :, :place] for x in tokens))
-        steps, outs = CapturedSteps(router, cache), []
+        outs = []
         for length in lengths:
             new = [x[:, :, place : place + length] for x in tokens]
-            outs.append(steps(*new) if way == "captured" else attend_cached(router, cache, *new)[0])
+            outs.append(attend_cached(router, cache, *new, replay=way == "captured")[0])
             place += length
         got, want = torch.cat(outs, dim=2).float(), whole[:, :, -CHECKED:].float()
         others = float((~torch.isclose(got, want, rtol=2e-2, atol=1e-2)).any(-1).float().mean())
         print(f"  {way}: {others:.3%} of the outputs differ from those of one call", flush=True)
         if way == "captured":
+            steps = captured_steps(cache.states)
             print(f"  {steps.captures} captures, {steps.replays} replays of {CHECKED} steps", flush=True)
         if not others <= (MOST_OTHER_ROWS if "lsh" in sources else 0.0) or not bool(got.isfinite().all()):
             raise RuntimeError(f"{way}: {others:.2%} of the outputs differ from those of one call")
@@ -157,13 +157,16 @@ def measure(sources: Mapping[str, Mapping[str, Any]], length: int) -> dict[str, 
         "called_ms": median_ms(lambda: attend_cached(router, cache, *next(tokens))),
         "replays": 0,
     }
-    steps = CapturedSteps(router, cache)
+
+    def step() -> object:
+        return attend_cached(router, cache, *next(tokens), replay=True)
+
     for _ in range(WARM_STEPS):
-        steps(*next(tokens))
-    before = steps.replays
-    found["captured_ms"] = median_ms(lambda: steps(*next(tokens)))
-    found["device_ms"] = median_ms(lambda: steps(*next(tokens)), ahead=True)
-    found["replays"] = steps.replays - before
+        step()
+    before = captured_steps(cache.states).replays
+    found["captured_ms"] = median_ms(step)
+    found["device_ms"] = median_ms(step, ahead=True)
+    found["replays"] = captured_steps(cache.states).replays - before
     return found
 
 

@@ -154,7 +154,7 @@ def sparse_attention(
         elif cache.config != config:
             raise CacheError("this cache was filled with another configuration; reset() it, or use another cache")
         return attend_cached(
-            router, cache, query, key, value, scale=scale, fp32_weights=config.fp32_attn_weights, **options
+            router, cache, query, key, value, scale=scale, fp32_weights=config.fp32_attn_weights, replay=True, **options
         )[0]
     if torch.compiler.is_compiling() and graph is None and compiled.serves(graph_options):
         call = compiled.AttentionCall(
@@ -433,7 +433,7 @@ class SparseAttention(nn.Module):
         positions = torch.arange(cache.length, cache.length + x.shape[1], device=x.device)
         q, k, v = self.project(x, positions=positions)
         attended, routed = attend_cached(
-            self.router, cache, q, k, v, fp32_weights=self.config.fp32_attn_weights, **options
+            self.router, cache, q, k, v, fp32_weights=self.config.fp32_attn_weights, replay=not return_stats, **options
         )
         stats = self._stats(routed) if return_stats and routed is not None else {}
         return self.Wo(attended.transpose(1, 2).flatten(2)), stats

@@ -58,6 +58,8 @@ class IndexStates:
         self._summaries = KeptSummaries()
         self.steady = False
         """Whether a step is routed that stands for several tokens, for none of which a source appends keys."""
+        self.captured: Any = None
+        """`CapturedSteps` of this sequence, if there are any."""
         self.sequence: tuple[Tensor, Tensor] | None = None
         """Keys ``[B, Hkv, M, D]`` and values ``[B, Hkv, M, Dv]``, while something is routed among them."""
 
@@ -69,9 +71,13 @@ class IndexStates:
         twin._summaries = copy.deepcopy(self._summaries, memo)
         return twin
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"captured": None}  # a CUDA graph is of this process
+
     @_outside_inference_mode
     def crop(self, length: int) -> None:
         """Forget the keys from position ``length`` on."""
+        self.captured = None
         self._summaries.crop(length)
         for name, index in list(self._indices.items()):
             if index.length > length:
@@ -80,6 +86,7 @@ class IndexStates:
     @_outside_inference_mode
     def reorder(self, index: Tensor) -> None:
         """Make batch element i the present element ``index[i]``, int64 ``[B']``; they may repeat, or be left out."""
+        self.captured = None
         self._summaries.reorder(index)
         for name, kept in list(self._indices.items()):
             self._keep_state(name, kept, kept.source.reorder(kept.state, index), kept.length)
@@ -156,8 +163,6 @@ class LayerCache:
     """What the sources keep."""
     config: Any
     """What `sparse_attention` made the router of."""
-    changes: int = 0
-    """How often tokens came or went."""
     _keys: GrowingTensor
     _values: GrowingTensor
     _keep: GrowingTensor | None
@@ -219,7 +224,6 @@ class LayerCache:
         """
         if not checked:
             self.check(k, v, key_keep)
-        self.changes += 1
         k, v = k.detach(), v.detach()
         if key_keep is not None and self._keep is None and not bool(key_keep.all()):
             self._keep = GrowingTensor(axis=1)
@@ -235,7 +239,6 @@ class LayerCache:
 
     def advance(self) -> None:
         """Take in one token that was written into the next place of `rooms`; there is no padding."""
-        self.changes += 1
         for tensor in (self._keys, self._values):
             tensor.length += 1
 
@@ -271,7 +274,6 @@ class LayerCache:
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens and drop the newer ones."""
         _check_length(length, self.length)
-        self.changes += 1
         for tensor in self._tensors():
             tensor.crop(length)
         self.states.crop(length)
@@ -293,14 +295,12 @@ class LayerCache:
         index = index.long()
         if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < batch):
             raise CacheError(f"batch_indices must lie in [0, {batch}), got {index.tolist()}")
-        self.changes += 1
         for tensor in self._tensors():
             tensor.reorder(index)
         self.states.reorder(index)
 
     def reset(self) -> None:
         """Drop everything; the cache can serve another batch, or another layer."""
-        self.changes += 1
         self._keys, self._values = GrowingTensor(axis=2), GrowingTensor(axis=2)
         self._keep, self.states, self.config = None, IndexStates(), None
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ssa_framework.cache import IndexStates, LayerCache
+from ssa_framework.captured import CapturedSteps, StepOptions
 from ssa_framework.errors import CacheError, ConfigError, ShapeError
 from ssa_framework.graph import NeighborGraph
 from ssa_framework.masks import EdgeMask
@@ -29,6 +30,7 @@ def attend_cached(
     scale: float | None = None,
     fp32_weights: bool = False,
     source_inputs: Mapping[str, Any] | None = None,
+    replay: bool = False,
 ) -> tuple[Tensor, NeighborGraph | None]:
     """Append tokens to a cache and attend from them to everything that is in it. There is no dropout.
 
@@ -39,14 +41,23 @@ def attend_cached(
         q: ``[B, H, new, D]``. k: ``[B, Hkv, new, D]``. v: ``[B, Hkv, new, Dv]``; none of them collects gradients.
         key_keep: bool ``[B or 1, new]``, False = padding.
         scale, fp32_weights: see `neighbor_attention`. source_inputs: see `build_graph`.
+        replay: a single token on CUDA may be the replay of a captured step, which has no graph; see `CapturedSteps`.
 
     Returns:
-        ``[B, H, new, Dv]`` and the graph of the last of these queries; ``None`` where there are no tokens.
+        ``[B, H, new, Dv]`` and the graph of the last of these queries; ``None`` where there are no tokens, or a replay.
 
     Raises:
         CacheError: what `LayerCache.append` refuses. ConfigError: attention is not causal. ShapeError: other numbers
         of queries than keys.
     """
+    if replay and q.shape[2] == 1 and key_keep is None and cache.key_keep is None and not source_inputs:
+        out = captured_steps(cache.states).run(
+            router, cache.states, cache.rooms, cache.length, q, k, v, StepOptions(scale, fp32_weights),
+            lambda: check_new_tokens(router, cache, q, k, v),
+        )  # fmt: skip
+        if out is not None:
+            cache.advance()
+            return out, None
     check_new_tokens(router, cache, q, k, v, key_keep)
     cache.append(k, v, key_keep, checked=True)
     if not cache.length:
@@ -62,6 +73,14 @@ def attend_cached(
         fp32_weights=fp32_weights,
         source_inputs=source_inputs,
     )
+
+
+def captured_steps(states: IndexStates) -> CapturedSteps:
+    """Those of the sequence whose index states these are."""
+    if states.captured is None:
+        states.captured = CapturedSteps()
+    steps: CapturedSteps = states.captured
+    return steps
 
 
 def check_new_tokens(
@@ -90,6 +109,7 @@ def attend_last(
     dropout_p: float = 0.0,
     fp32_weights: bool = False,
     source_inputs: Mapping[str, Any] | None = None,
+    rooms: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, NeighborGraph | None]:
     """Attend from the last tokens of a sequence to all of it; nothing is differentiable.
 
@@ -98,9 +118,17 @@ def attend_last(
         q: ``[B, H, new, D]``. k: ``[B, Hkv, M, D]``. v: ``[B, Hkv, M, Dv]``, padding being finite.
         key_keep: bool ``[B or 1, M]``, False = padding.
         scale, dropout_p, fp32_weights: see `neighbor_attention`. source_inputs: see `build_graph`.
+        rooms: ``k`` and ``v`` with the places behind them that are not used yet. Where given, a single token on CUDA
+            may be the replay of a captured step, which has no graph; see `CapturedSteps`.
 
     Returns: as `attend_cached`.
     """
+    if rooms is not None and q.shape[2] == 1 and key_keep is None and not source_inputs and not dropout_p:
+        out = captured_steps(states).run(
+            router, states, rooms, k.shape[2] - 1, q, k[:, :, -1:], v[:, :, -1:], StepOptions(scale, fp32_weights)
+        )
+        if out is not None:
+            return out, None
     before, outs, graph = k.shape[2] - q.shape[2], [], None
     # what is kept must not be tensors of inference mode, which nobody may write to outside of it
     outside = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()

@@ -196,11 +196,15 @@ class SourceRegistry:
         """Everything registered, by name."""
         return dict(sorted(self._sources.items()))
 
+    @property
+    def observes_graphs(self) -> bool:
+        """Whether anybody wants to be told of graphs."""
+        return bool(self.manager.hook.ssa_graph_built.get_hookimpls())
+
     def graph_built(self, graph: Any, layer: Any) -> None:
         """Tell the observers (`ssa_graph_built`) of a graph."""
-        hook = self.manager.hook.ssa_graph_built
-        if hook.get_hookimpls():
-            hook(graph=graph, layer=layer)
+        if self.observes_graphs:
+            self.manager.hook.ssa_graph_built(graph=graph, layer=layer)
 
     def graph_audited(self, report: Any, layer: Any) -> None:
         """Tell the observers (`ssa_graph_audited`) of an audit."""

@@ -151,7 +151,10 @@ class SparseLayer:
                 q_piece = q[piece.rows, :, piece.first_query :]
                 k_piece, v_piece = (x[piece.rows, :, piece.first_key :] for x in (k, v))
             if held is not None:
-                out, _ = attend_last(router, held, q_piece, k_piece, v_piece, key_keep=piece.mask.key_keep, **options)
+                rooms = cached.rooms_of(k_piece, v_piece) if cached is not None else None
+                out, _ = attend_last(
+                    router, held, q_piece, k_piece, v_piece, key_keep=piece.mask.key_keep, rooms=rooms, **options
+                )
             else:
                 graph = router(q_piece, k_piece, piece.mask)
                 router.audit(q_piece, k_piece, graph, scale=scale)

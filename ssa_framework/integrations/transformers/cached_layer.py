@@ -131,6 +131,13 @@ class SparseCacheLayer(DynamicLayer):
             self._rooms[1].append(v)
             self.keys, self.values = self._rooms[0].view, self._rooms[1].view
 
+    def rooms_of(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Keys and values with the places behind them that are not used yet, if ``k`` and ``v`` are all of them."""
+        if self._rooms is None or k is not self.keys or v is not self.values:
+            return None
+        keys, values = (room.room for room in self._rooms)
+        return None if keys is None or values is None else (keys, values)
+
     def reset(self) -> None:
         """Drop everything."""
         super().reset()
