@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -59,8 +60,17 @@ class SequenceLayout:
         return [(rank * size, (rank + 1) * size), (last * size, (last + 1) * size)]
 
     def positions(self, rank: int, device: torch.device | None = None) -> Tensor:
-        """Positions that a rank holds, ascending, int64 ``[N / W]``."""
-        return torch.cat([torch.arange(start, stop, device=device) for start, stop in self.chunks(rank)])
+        """Positions that a rank holds, ascending, int64 ``[N / W]``; shared by many calls, so nobody may write there."""
+        return self.positions_by_rank(device)[rank]
+
+    def positions_by_rank(self, device: torch.device | None = None) -> Tensor:
+        """`positions` of every rank, int64 ``[W, N / W]``."""
+        return _positions_by_rank(self, device)
+
+    def by_rank(self, x: Tensor) -> Tensor:
+        """``[.., N]`` by position → ``[W, .., N / W]``, what each rank holds of it."""
+        positions = self.positions_by_rank(x.device)
+        return x.index_select(-1, positions.flatten()).unflatten(-1, positions.shape).movedim(-2, 0)
 
     def rank_of(self, positions: Tensor) -> Tensor:
         """The rank that holds each of ``positions``, integers of any shape."""
@@ -85,3 +95,10 @@ class SequenceLayout:
                 pieces[start] = gathered.narrow(dim, at, stop - start)
                 at += stop - start
         return torch.cat([pieces[start] for start in sorted(pieces)], dim=dim)
+
+
+@functools.lru_cache(maxsize=16)
+def _positions_by_rank(layout: SequenceLayout, device: torch.device | None) -> Tensor:
+    with torch.inference_mode(False):  # later calls may need gradients
+        every = [torch.arange(*chunk, device=device) for rank in range(layout.ranks) for chunk in layout.chunks(rank)]
+        return torch.cat(every).view(layout.ranks, layout.local_length)

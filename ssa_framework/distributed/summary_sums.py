@@ -7,11 +7,37 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssa_framework.distributed.collectives import Ranks, pack_bits, unpack_bits
+from ssa_framework.distributed.layout import SequenceLayout
 from ssa_framework.distributed.needs import covered
 from ssa_framework.distributed.rows import RowExchange, fetch_rows
 from ssa_framework.ops.summarize_keys.api import group_means
 from ssa_framework.proposals import Summaries
+
+
+@dataclass(frozen=True)
+class SharedMembers:
+    """Keys of summaries, rank by rank.
+
+    Attributes:
+        members: int32 ``[B, Hkv, R, N / W]``, of the keys that this rank holds.
+        counts: int32 ``[W, B, Hkv, C]``, how many keys of each summary each rank holds.
+    """
+
+    members: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, rank: int, summaries: Summaries, layout: SequenceLayout, batch: int, kv_heads: int) -> SharedMembers:
+        members = layout.by_rank(summaries.members.expand(batch, kv_heads, -1, -1))  # [W, B, Hkv, R, N / W]
+        owner = torch.where(members < 0, summaries.count, members).flatten(3).long()
+        counts = torch.zeros((*owner.shape[:3], summaries.count + 1), dtype=torch.int32, device=members.device)
+        counts.scatter_(3, owner, 1, reduce="add")
+        return cls(members[rank].contiguous(), counts[..., :-1])
+
+    def wanted(self, summaries: Summaries) -> Tensor:
+        """The sums of each rank that some query of this one looks at, bool ``[W, B · Hkv · C]``."""
+        seen = covered(summaries.first[:, None], summaries.stop[:, None], summaries.count)
+        return ((self.counts > 0) & seen).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -28,30 +54,6 @@ class SummarySums:
     members: Tensor
     sizes: Tensor
 
-    @classmethod
-    def of(cls, ranks: Ranks, summaries: Summaries, positions: Tensor, batch: int, kv_heads: int) -> SummarySums:
-        """Ask for the sums that some query looks at.
-
-        Args:
-            positions: int64 ``[N / W]``, of the keys that this rank holds.
-        """
-        members = summaries.members.expand(batch, kv_heads, -1, -1)
-        count = summaries.count
-        sizes = _counts(members, count)
-        mine = members[..., positions].contiguous()
-        have = (_counts(mine, count) > 0).flatten()
-        seen = torch.zeros((1, 1, count), dtype=torch.bool, device=members.device)
-        for level in range(summaries.levels):
-            first, stop = (x[:, None, :, level, None] for x in (summaries.first, summaries.stop))
-            seen = seen | covered(first, stop, count)
-        wanted = (seen & (sizes > 0)).flatten()
-        # everybody must know who has what, since the keys of a summary may lie on several ranks
-        has = [unpack_bits(bits, have.numel()) for bits in ranks.all_gather(pack_bits(have), "requests")]
-        asked = [wanted & there for there in has]
-        places = [rows.nonzero()[:, 0] for rows in asked]
-        exchange = RowExchange.of_requests(ranks, asked, places, wanted.numel(), unique=False)
-        return cls(exchange, mine, sizes)
-
     def means(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``k, v [B, Hkv, N / W, ..]`` of this rank → means of keys and of values ``[B, Hkv, C, ..]`` and logarithms
         of sizes ``[B, Hkv, C]``; zeros where no query of this rank looks."""
@@ -67,10 +69,3 @@ class SummarySums:
 def _sums(x: Tensor, members: Tensor, ones: Tensor) -> Tensor:
     sums: Tensor = group_means(x, members, ones)
     return sums
-
-
-def _counts(members: Tensor, count: int) -> Tensor:
-    """int32 ``[B, Hkv, C]``."""
-    owner = torch.where(members < 0, count, members).flatten(2).long()
-    sizes = torch.zeros((*members.shape[:2], count + 1), dtype=torch.int32, device=members.device)
-    return sizes.scatter_add_(2, owner, torch.ones_like(owner, dtype=torch.int32))[..., :count]
