@@ -231,9 +231,9 @@ def _with_exchange(
         wanted.append(shared.wanted(summaries))
     masks = RowMasks.requested(ranks, *wanted)
     of_chunks = [before[start : start + 1] for start, _ in chunks]
-    (total,), *found = on_host([before[-1:], *of_chunks, *(count for rows in masks for count in rows.counts)])
+    (total,), *found = on_host([before[-1:], *of_chunks, *(count for rows in masks for count in rows.ends)])
     offsets, counts = [place for (place,) in found[: len(chunks)]], found[len(chunks) :]
-    table = KeyTable.of(used, before, total)
+    table = KeyTable.of(before, total)
     heads = torch.arange(batch * kv_heads, device=k.device).view(batch, kv_heads, 1) * total
     places = layout.by_rank(before[:-1])[:, None, None] + heads  # [W, B, Hkv, N / W]
     exchange = RowExchange.of(ranks, masks[0], counts[:2], batch * kv_heads * total, places=places)

@@ -60,7 +60,7 @@ class SequenceLayout:
         return [(rank * size, (rank + 1) * size), (last * size, (last + 1) * size)]
 
     def positions(self, rank: int, device: torch.device | None = None) -> Tensor:
-        """Positions that a rank holds, ascending, int64 ``[N / W]``; shared by many calls, so nobody may write there."""
+        """Positions that a rank holds, ascending, int64 ``[N / W]``; calls share them: nobody may write there."""
         return self.positions_by_rank(device)[rank]
 
     def positions_by_rank(self, device: torch.device | None = None) -> Tensor:

@@ -71,9 +71,9 @@ class KeyTable:
     before: Tensor
 
     @classmethod
-    def of(cls, used: Tensor, before: Tensor, count: int) -> KeyTable:
-        """From a mask, bool ``[M]``, its `counted_before` and how many keys it has."""
-        return cls(true_places(used, count), before)
+    def of(cls, before: Tensor, count: int) -> KeyTable:
+        """From what `counted_before` gives, and its last number."""
+        return cls(true_places(before[1:], count), before)
 
     def __len__(self) -> int:
         return self.used.numel()
@@ -123,7 +123,10 @@ def counted_before(mask: Tensor) -> Tensor:
     return torch.nn.functional.pad(mask.cumsum(0, dtype=torch.int32), (1, 0))
 
 
-def true_places(mask: Tensor, count: int) -> Tensor:
-    """Numbers of the true elements of bool ``[n]``, int64 ``[count]``, of which there are ``count``: unlike ``nonzero``
-    this does not wait for the device."""
-    return torch.repeat_interleave(mask.long(), output_size=count)
+def true_places(counted: Tensor, count: int) -> Tensor:
+    """Numbers of the true elements of a mask, int64 ``[count]``: unlike ``nonzero`` this does not wait for the device.
+
+    Args:
+        counted: int32 ``[n]``, how many elements are true up to each of them. count: how many are in all.
+    """
+    return torch.searchsorted(counted, torch.arange(1, count + 1, dtype=torch.int32, device=counted.device))

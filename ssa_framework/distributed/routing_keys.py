@@ -81,5 +81,5 @@ def gather_keys(ranks: Ranks, reach: Reach, k: Tensor, everything: bool) -> Tens
     head = torch.arange(batch * heads, device=k.device).view(batch, heads, 1) * layout.length
     places = layout.positions_by_rank(k.device)[:, None, None] + head
     rows = batch * heads * layout.length
-    exchange = RowExchange.of(ranks, masks, on_host(masks.counts), rows, places=places)
+    exchange = RowExchange.of(ranks, masks, on_host(masks.ends), rows, places=places)
     return exchange.fetch(k.flatten(0, 2), "keys for routing").view(batch, heads, layout.length, dim)

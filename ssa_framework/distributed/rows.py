@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,10 +35,15 @@ class RowMasks:
         asked = unpack_bits(ranks.all_to_all(bits, ones, ones, "requests"), sum(rows)).split(rows, dim=1)
         return [cls(send, receive) for send, receive in zip(asked, wanted, strict=True)]
 
+    @cached_property
+    def counted(self) -> tuple[Tensor, Tensor]:
+        """How many rows are sent and received up to each of them, rank by rank, int32 ``[W · R]`` each."""
+        return self.send.flatten().cumsum(0, dtype=torch.int32), self.receive.flatten().cumsum(0, dtype=torch.int32)
+
     @property
-    def counts(self) -> list[Tensor]:
-        """Rows that are sent to and received from each rank, int64 ``[W]`` each; for `RowExchange.of`."""
-        return [self.send.sum(1), self.receive.sum(1)]
+    def ends(self) -> list[Tensor]:
+        """How many rows are sent to and received from the ranks up to each, ``[W]`` each; for `RowExchange.of`."""
+        return [counted.view(self.send.shape)[:, -1:] for counted in self.counted]
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ class RowExchange:
         cls,
         ranks: Ranks,
         masks: RowMasks,
-        counts: list[list[int]],
+        ends: list[list[int]],
         fetched: int,
         *,
         sources: Tensor | None = None,
@@ -75,20 +82,22 @@ class RowExchange:
         """Of the rows that are true in ``masks``.
 
         Args:
-            counts: the numbers of ``masks.counts``.
+            ends: the numbers of ``masks.ends``.
             sources: int64 ``[R]``, where each row of this rank's part lies in the local table; where it stands if left
                 out. places: int64 ``[W, R]``, where each row of each part belongs in the fetched table; where it
                 stands in its part if left out.
         """
-        send_counts, receive_counts = counts
-        send = true_places(masks.send.flatten(), sum(send_counts)).remainder_(max(1, masks.send.shape[1]))
-        receive = true_places(masks.receive.flatten(), sum(receive_counts))
-        if places is None:
-            receive.remainder_(max(1, masks.receive.shape[1]))
+        rows = masks.send.shape[1]
+        send_counts, receive_counts = (
+            [end - before for before, end in pairwise([0, *some])] if rows else [0] * ranks.size for some in ends
+        )
+        sent, received = masks.counted
+        send = true_places(sent, sum(send_counts)).remainder_(max(1, rows))
+        receive = true_places(received, sum(receive_counts))
         return cls(
             ranks,
             send if sources is None else sources.index_select(0, send),
-            receive if places is None else places.flatten().index_select(0, receive),
+            receive.remainder_(max(1, rows)) if places is None else places.flatten().index_select(0, receive),
             send_counts,
             receive_counts,
             fetched,

@@ -33,11 +33,11 @@ class SegmentsOfRanks:
             _Part.of(*of_level, self.ranks.rank, keys) for of_level in zip(levels, shares, begins, counts, strict=True)
         ]
         members = self._gather_members(parts)
-        centroids = self._fetch_centroids(parts, members)
-        return [part.whole(*of_level) for part, *of_level in zip(parts, members, centroids, strict=True)]
+        tables = self._fetch_centroids(parts, [size for size, _ in members])
+        return [part.whole(*its, table) for part, its, table in zip(parts, members, tables, strict=True)]
 
     def _shares(self, order: Tensor | None, levels: Sequence[SpreadLevel]) -> list[_Share]:
-        """Who clusters which segments, the rank that holds their middle key, and who looks at them."""
+        """Who clusters which segments of each level, the rank that holds their middle key, and who looks at them."""
         segments = [level.starts.shape[1] for level in levels]
         *before, total = itertools.accumulate(segments, initial=0)
         first, stop = (
@@ -56,7 +56,9 @@ class SegmentsOfRanks:
             middle = order.long().expand(starts.shape[0], -1).gather(1, middle)
         owner = torch.where((starts >= 0) & somebody, self.layout.rank_of(middle), -1)
         owned = owner == torch.arange(self.ranks.size, device=owner.device).view(-1, 1, 1)
-        return [_Share(*share) for share in zip(owned.split(segments, 2), looked_at.split(segments, 2), strict=True)]
+        rank = self.ranks.rank
+        of_levels = (x.split(segments, dim=2) for x in (owned, owned[rank] & looked_at, owned & looked_at[rank]))
+        return [_Share(*share) for share in zip(*of_levels, strict=True)]
 
     def _fetch_keys(
         self, order: Tensor | None, levels: Sequence[SpreadLevel], shares: list[_Share]
@@ -75,7 +77,7 @@ class SegmentsOfRanks:
             needed, row = (torch.empty_like(x).scatter_(1, places, x) for x in (needed, row))
         wanted = self.layout.by_rank(needed)[:, :, None].expand(-1, batch, heads, -1).flatten(1)
         (masks,) = RowMasks.requested(self.ranks, wanted)
-        (rows,), *found = on_host([before[-1:], *masks.counts, *(share.owned.sum(2) for share in shares)])
+        (rows,), *found = on_host([before[-1:], *masks.ends, *(share.owned.sum(2) for share in shares)])
         rows = max(rows, *(level.length for level in levels))  # a segment that is not used has keys, too
         head = torch.arange(batch * heads, device=self.k.device).view(batch, heads, 1) * rows
         places = self.layout.by_rank(row)[:, :, None] + head
@@ -98,23 +100,21 @@ class SegmentsOfRanks:
         gathered = self.ranks.all_gather_rows(torch.cat(records), totals, "clusters for routing").split(sizes)
         return [part.members(torch.cat(gathered[level::levels])) for level, part in enumerate(parts)]
 
-    def _fetch_centroids(self, parts: list[_Part], members: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    def _fetch_centroids(self, parts: list[_Part], sizes: list[Tensor]) -> list[Tensor]:
         """Of each level, centroids (and variances beside them) of the segments that some query of this rank looks at,
         ``[B, Hkv, F · C, ..]``; zeros for the others."""
-        rank = self.ranks.rank
-        filled = [size > 0 for size, _ in members]
+        filled = [size > 0 for size in sizes]
         send, receive, sources = [], [], []
         before = 0
         for part, some in zip(parts, filled, strict=True):
-            owned, looked_at = part.share.owned, part.share.looked_at
-            send.append(((owned[rank] & looked_at)[:, :, None, :, None] & some).flatten(1))
-            receive.append(((owned & looked_at[rank])[:, :, None, :, None] & some).flatten(1))
+            send.append((part.share.send[:, :, None, :, None] & some).flatten(1))
+            receive.append((part.share.receive[:, :, None, :, None] & some).flatten(1))
             slots = torch.arange(before, before + part.level.slots, device=some.device)
             sources.append((part.rows[..., None] * part.level.slots + slots).flatten())
             before += part.made.size.numel()
         masks = RowMasks(torch.cat(send, dim=1), torch.cat(receive, dim=1))
         exchange = RowExchange.of(
-            self.ranks, masks, on_host(masks.counts), masks.send.shape[1], sources=torch.cat(sources)
+            self.ranks, masks, on_host(masks.ends), masks.send.shape[1], sources=torch.cat(sources)
         )
         table = exchange.fetch(torch.cat([part.centroids() for part in parts]), "clusters for routing")
         return [
@@ -125,11 +125,17 @@ class SegmentsOfRanks:
 
 @dataclass(frozen=True)
 class _Share:
-    """Segments of a level: ``owned`` by each rank, bool ``[W, B or 1, F]``, which clusters them, and ``looked_at`` by
-    some query of each rank, bool ``[W, B or 1, F]``."""
+    """Segments of a level, bool ``[W, B or 1, F]``.
+
+    Attributes:
+        owned: those that each rank clusters.
+        send: those of this rank that some query of each rank looks at.
+        receive: those of each rank that some query of this one looks at.
+    """
 
     owned: Tensor
-    looked_at: Tensor
+    send: Tensor
+    receive: Tensor
 
 
 @dataclass(frozen=True)
@@ -168,15 +174,16 @@ class _Part:
         rows = begins.shape[0]
         mine = share.owned[rank]
         most = max(1, *segments[rank * rows : (rank + 1) * rows])
-        place = torch.where(mine, mine.cumsum(1) - 1, most)  # what is not ours goes behind the last
-        begin = begins.new_full((rows, most + 1), -1).scatter_(1, place, begins)[:, :most].contiguous()
+        number = mine.cumsum(1) * mine  # from 1 on; 0 = not ours
+        begin = begins.new_full((rows, 1 + most), -1).scatter_(1, number, begins)[:, 1:].contiguous()
         made = level.cluster(keys, begin)
         counts = [sum(segments[at : at + rows]) * (batch // rows) * heads for at in range(0, len(segments), rows)]
         everywhere = share.owned[:, :, None].expand(-1, batch, heads, -1)
-        targets = true_places(everywhere.flatten(), sum(counts)).remainder_(everywhere[0].numel())
-        head = torch.arange(batch * heads, device=keys.device).view(batch, heads, 1) * most
+        counted = everywhere.flatten().cumsum(0, dtype=torch.int32)
+        targets = true_places(counted, sum(counts)).remainder_(everywhere[0].numel())
+        before = torch.arange(-1, batch * heads * most - 1, most, device=keys.device).view(batch, heads, 1)
         order = made.order.view(batch, heads, most, level.length) - begin[:, None, :, None]
-        return cls(level, share, counts, targets, targets.split(counts)[rank], head + place[:, None], made, order)
+        return cls(level, share, counts, targets, targets.split(counts)[rank], before + number[:, None], made, order)
 
     @property
     def _record(self) -> tuple[int, torch.dtype]:
@@ -210,9 +217,8 @@ class _Part:
         rows = made.centroids if made.variances is None else torch.cat([made.centroids, made.variances], dim=-1)
         return rows.flatten(0, 2)
 
-    def whole(self, members: tuple[Tensor, Tensor], centroids: Tensor) -> Clusters:
-        """The clusters of all segments."""
-        size, order = members
+    def whole(self, size: Tensor, order: Tensor, centroids: Tensor) -> Clusters:
+        """The clusters of all segments, from their `members` and centroids ``[B, Hkv, F · C, ..]``."""
         segments, length = self.level.starts.shape[1], self.level.length
         by_place = self.level.starts.clamp(min=0)[:, None, :, None] + order
         first = torch.arange(0, segments * length, length, dtype=torch.int32, device=size.device)[:, None]
