@@ -79,7 +79,7 @@ class ContextParallel:
 
     def positions(self, local_length: int, device: torch.device | None = None) -> Tensor:
         """Where the tokens of this rank stand in the sequence, int64 ``[N / W]``."""
-        return self.of_length(local_length * self.ranks.size).positions(self.ranks.rank, device).clone()
+        return self.of_length(local_length * self.ranks.size).positions(self.ranks.rank, device)
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def build_shard_graph(
     ranks = context.ranks
     _agree(context, router, config, q, k, causal, key_padding_mask, segment_ids)
     layout = context.of_length(q.shape[2] * ranks.size)
-    positions = layout.positions(ranks.rank, q.device)
+    positions = layout.positions_by_rank(q.device)[ranks.rank]
     keep, segments = _gathered_metadata(layout, ranks, q, key_padding_mask, segment_ids)
 
     def sharded_mod(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
@@ -224,30 +224,25 @@ def _with_exchange(
         used[start:stop] = True
     before = counted_before(used)
     wanted = [layout.by_rank(reached & reachable[:, None]).expand(-1, batch, kv_heads, -1).flatten(1)]
-    summaries = routed.summaries
     shared = None
-    if summaries is not None:
-        shared = SharedMembers.of(ranks.rank, summaries, layout, batch, kv_heads)
-        wanted.append(shared.wanted(summaries))
+    if routed.summaries is not None:
+        shared = SharedMembers.of(ranks.rank, routed.summaries, layout, batch, kv_heads)
+        wanted.append(shared.wanted)
     masks = RowMasks.requested(ranks, *wanted)
     of_chunks = [before[start : start + 1] for start, _ in chunks]
-    (total,), *found = on_host([before[-1:], *of_chunks, *(count for rows in masks for count in rows.ends)])
-    offsets, counts = [place for (place,) in found[: len(chunks)]], found[len(chunks) :]
+    (total,), *found = on_host([before[-1:], *of_chunks, *(end for rows in masks for end in rows.ends)])
+    offsets, ends = [place for (place,) in found[: len(chunks)]], found[len(chunks) :]
     table = KeyTable.of(before, total)
     heads = torch.arange(batch * kv_heads, device=k.device).view(batch, kv_heads, 1) * total
     places = layout.by_rank(before[:-1])[:, None, None] + heads  # [W, B, Hkv, N / W]
-    exchange = RowExchange.of(ranks, masks[0], counts[:2], batch * kv_heads * total, places=places)
-    sums = None
-    if summaries is not None and shared is not None:
-        of_sums = RowExchange.of(ranks, masks[1], counts[2:], masks[1].send.shape[1], unique=False)
-        sums = SummarySums(of_sums, shared.members, shared.counts.sum(0, dtype=torch.int32))
+    exchange = RowExchange.of(ranks, masks[0], ends[:2], batch * kv_heads * total, places=places)
     return ShardGraph(
         context,
         routed,
         _pieces(chunks, offsets, table.graph(routed)),
         table,
         exchange,
-        sums,
+        None if shared is None else shared.sums(ranks, masks[1], ends[2:]),
         None if keys is None else k,
         None if keys is None else keys[:, :, table.used],
     )

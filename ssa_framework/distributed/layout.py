@@ -60,11 +60,11 @@ class SequenceLayout:
         return [(rank * size, (rank + 1) * size), (last * size, (last + 1) * size)]
 
     def positions(self, rank: int, device: torch.device | None = None) -> Tensor:
-        """Positions that a rank holds, ascending, int64 ``[N / W]``; calls share them: nobody may write there."""
-        return self.positions_by_rank(device)[rank]
+        """Positions that a rank holds, ascending, int64 ``[N / W]``."""
+        return torch.cat([torch.arange(start, stop, device=device) for start, stop in self.chunks(rank)])
 
-    def positions_by_rank(self, device: torch.device | None = None) -> Tensor:
-        """`positions` of every rank, int64 ``[W, N / W]``."""
+    def positions_by_rank(self, device: torch.device) -> Tensor:
+        """`positions` of every rank, int64 ``[W, N / W]``; calls share them, so nobody may write there."""
         return _positions_by_rank(self, device)
 
     def by_rank(self, x: Tensor) -> Tensor:
@@ -98,7 +98,6 @@ class SequenceLayout:
 
 
 @functools.lru_cache(maxsize=16)
-def _positions_by_rank(layout: SequenceLayout, device: torch.device | None) -> Tensor:
+def _positions_by_rank(layout: SequenceLayout, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # later calls may need gradients
-        every = [torch.arange(*chunk, device=device) for rank in range(layout.ranks) for chunk in layout.chunks(rank)]
-        return torch.cat(every).view(layout.ranks, layout.local_length)
+        return torch.stack([layout.positions(rank, device) for rank in range(layout.ranks)])

@@ -35,7 +35,7 @@ class Reach:
     def keys_of(self, rank: int) -> Tensor:
         """Which of the keys that ``rank`` holds are within reach of some query of each rank, bool
         ``[W, B or 1, N / W]``."""
-        here = self.layout.positions(rank, self.device)
+        here = self.layout.positions_by_rank(self.device)[rank]
         return self._within(slice(None), here, here)
 
     def _within(self, rank: int | slice, keys: Tensor | slice, positions: Tensor) -> Tensor:
