@@ -10,7 +10,7 @@ from ssa_framework.ops.rank_clusters import KeptClusters, rank_clusters
 from ssa_framework.ops.summarize_keys import summarize_keys
 from ssa_framework.proposals import Band, Candidates, Columns, Proposal, Ranges, Spans, Summaries
 from ssa_framework.registry import Registrar
-from ssa_framework.source import ALWAYS, LayerSpec, NeighborSource, RoutingContext, may_keep
+from ssa_framework.source import ALWAYS, LayerSpec, NeighborSource, RoutingContext, SpreadLevel, may_keep
 
 __all__ = [
     "ALWAYS",
@@ -34,6 +34,7 @@ __all__ = [
     "RoutingContext",
     "SSAError",
     "Spans",
+    "SpreadLevel",
     "Summaries",
     "cluster_keys",
     "cluster_members",

@@ -69,27 +69,35 @@ class LayerSpec:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class SpreadLevel:
+    """Segments of one length, whose keys lie on several ranks.
+
+    Attributes:
+        starts: int32 ``[B or 1, F]``, the place where each segment begins; -1 = not used.
+        length: keys of a segment. slots: of a segment in what ``cluster`` returns.
+        first, stop: int32 ``[B or 1, N]``, first and one past the last segment whose centroids each query looks at;
+            those of others may be zeros.
+        cluster: clusters of the segments of keys by place ``[B, Hkv, places, D]`` that begin at ``[B or 1, F]``.
+    """
+
+    starts: Tensor
+    length: int
+    slots: int
+    first: Tensor
+    stop: Tensor
+    cluster: Callable[[Tensor, Tensor], Clusters]
+
+
 class SpreadSegments(Protocol):
     """Clusters of segments whose keys lie on several ranks: every rank clusters some of the segments."""
 
-    def clusters(
-        self,
-        order: Tensor | None,
-        starts: Tensor,
-        length: int,
-        slots: int,
-        seen: tuple[Tensor, Tensor],
-        cluster: Callable[[Tensor, Tensor], Clusters],
-    ) -> Clusters:
-        """The clusters of all segments, as ``cluster(keys, starts)`` makes them of all keys.
+    def clusters(self, order: Tensor | None, levels: Sequence[SpreadLevel]) -> list[Clusters]:
+        """For each level, the clusters of all segments, as ``cluster(keys, starts)`` makes them of all keys.
 
         Args:
             order: int32 ``[B or 1, M]``, the key at each place; ``None`` = keys stand where they are.
-            starts: int32 ``[B or 1, F]``, the place where each segment begins; -1 = not used.
-            length: keys of a segment. slots: of a segment in what ``cluster`` returns.
-            seen: int32 ``[B or 1, N]``, first and one past the last segment whose centroids each query looks at; those
-                of others may be zeros.
-            cluster: clusters of the segments of keys by place ``[B, Hkv, places, D]`` that begin at ``[B, F]``.
+            levels: at least one, each with at least one segment.
         """
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import re
+import sys
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pytest
@@ -12,6 +15,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssa_framework import (
     CachedGraphSparseTransformer,
@@ -28,6 +33,7 @@ from ssa_framework.distributed import (
     run_ranks,
 )
 from ssa_framework.distributed.collectives import pack_bits, unpack_bits
+from ssa_framework.distributed.thread_ranks import ThreadRanks
 from ssa_framework.errors import CacheError, ConfigError, DistributedError, GraphError, MaskError, ShapeError, SSAError
 
 EDGES = [[i for i in range(192) for _ in range(3)], [(7 * i + j) % 192 for i in range(192) for j in (0, 50, 101)]]
@@ -219,6 +225,95 @@ def test_clusters_are_made_once_and_their_keys_stay_where_they_are() -> None:
     for one in Case.of(config, length=256).check(4):  # pieces of two segments
         assert received(one, "keys for routing") == 0
         assert received(one, "clusters for routing") > 0
+
+
+READING = {"_local_scalar_dense", "nonzero", "equal", "_unique2", "masked_select"}
+VIEWS = {
+    "alias", "as_strided", "detach", "empty", "expand", "new_empty", "permute", "select", "slice", "split",
+    "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
+}  # fmt: skip
+
+
+class Launches(TorchDispatchMode):
+    """How many there are in `ssa_framework.distributed`, and how often the host waits for what a device computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.waits = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, where = function.overloadpacket.__name__, self._caller()
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            x is not None and x.dtype == torch.bool for x in args[1]
+        )
+        # kernels and checks of proposals read on a CPU only
+        self.waits += (name in READING or by_mask) and "/ops/" not in where and "proposals" not in where
+        self.count += name not in VIEWS and "/distributed/" in where and "thread_ranks" not in where
+        return function(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _caller() -> str:
+        frame = sys._getframe(2)
+        while frame is not None and not re.search(r"ssa_(framework|plugins)/", frame.f_code.co_filename):
+            frame = frame.f_back
+        return frame.f_code.co_filename if frame else ""
+
+
+class Lists(TorchFunctionMode):
+    """How often a tensor becomes a list, which waits for a device and is not dispatched on a CPU."""
+
+    waits = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.waits += function is Tensor.tolist
+        return function(*args, **(kwargs or {}))
+
+
+class CountedRanks(ThreadRanks):
+    """Ranks that count their exchanges."""
+
+    @cached_property
+    def exchanges(self) -> list[str]:
+        return []
+
+    def all_gather(self, x: Tensor, purpose: str) -> Tensor:
+        self.exchanges.append(purpose)
+        return super().all_gather(x, purpose)
+
+    def all_to_all(self, x: Tensor, send: Any, receive: Any, purpose: str) -> Tensor:
+        self.exchanges.append(purpose)
+        return super().all_to_all(x, send, receive, purpose)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(
+    ("mix", "waits", "exchanges", "launches"),
+    [("window", 2, 3, 55), ("lsh", 3, 4, 97), ("blocks, all", 4, 9, 275), ("clusters", 4, 9, 330)],
+    ids=["window", "lsh", "one level", "two levels"],
+)
+def test_a_call_takes_few_launches_and_waits(mix: str, waits: int, exchanges: int, launches: int, ranks: int) -> None:
+    """At lengths where a GPU is done soon, the host decides how long a call takes: some 15 µs a launch, some 50 an
+    exchange, and a wait for the device leaves it with nothing to do until the next launch.
+
+    Waits: one for the digests, one for the rows of each table whose size depends on what was computed (keys that
+    routing gathers or clusters, centroids), and one for keys, values and sums that were selected. Neither they nor
+    exchanges may depend on the number of levels or ranks; every level takes some 50 launches.
+    """
+    case = Case.of(SSAConfig(sources=MIXES[mix], num_neighbors=24, causal=True, graph_heads="kv"))
+
+    def attend(rank: ThreadRanks) -> tuple[int, int, int]:
+        for _ in range(2):  # the first call makes what is kept for others
+            counted = CountedRanks(None, rank.rank, rank.size, mailbox=rank.mailbox)
+            context = ContextParallel(counted, "zigzag")
+            parts = [context.shard(x, 2) for x in case.whole]
+            with torch.no_grad(), Launches() as steps, Lists() as lists:
+                context_parallel_attention(*parts, context, config=case.config)
+        return steps.waits + lists.waits, len(counted.exchanges), steps.count
+
+    for found in run_ranks(ranks, attend):
+        assert found[:2] == (waits, exchanges)
+        assert found[2] <= launches
+        print(found)
 
 
 # -- modules ----------------------------------------------------------------------------------------------------------

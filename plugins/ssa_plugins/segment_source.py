@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import get_args
 
 from torch import Tensor
 
-from ssa_framework.plugin import Clusters, ConfigError, LayerSpec, NeighborSource, Proposal, Ranges, RoutingContext
+from ssa_framework.plugin import (
+    Clusters,
+    ConfigError,
+    LayerSpec,
+    NeighborSource,
+    Proposal,
+    Ranges,
+    RoutingContext,
+    SpreadLevel,
+)
 from ssa_plugins.kept_segments import KeptSegments
 from ssa_plugins.segments import Attend, Level, Opened, Places, take
 
@@ -101,27 +111,26 @@ class SegmentSource(NeighborSource):
     def _clustered(self, ctx: RoutingContext, sizes: list[tuple[int, int]]) -> tuple[Places, list[Level]]:
         """The keys by place, cut into the segments of the first level, and the levels that have full segments."""
         places = Places.of(ctx, [segment for segment, _ in sizes])
-        own, levels = places[0], []
-        keys: Tensor | None = None
-        if ctx.spread is None:  # once for all levels; all of them place the keys alike
+        own = places[0]
+        full = [here for here in places if here.starts.shape[1]]
+        if not full:
+            return own, []
+        firsts = [here.first for here in full]
+        for i, (here, above) in enumerate(itertools.pairwise(full)):  # what is full on the next level is seen there
+            firsts[i] = here.first + (above.stop - above.first) * (above.length // here.length)
+        if ctx.spread is None:  # all levels place the keys alike
             keys = ctx.shared_k if own.order is None else take(ctx.shared_k, own.order)
-        for i, (here, size) in enumerate(zip(places, sizes, strict=False)):
-            if not here.starts.shape[1]:
-                break  # not one full segment
-            first = None
-            if i + 1 < len(places):  # what is full on the next level is seen there
-                above = places[i + 1]
-                first = here.first + (above.stop - above.first) * (sizes[i + 1][0] // size[0])
-            if keys is not None:
-                clusters = self.cluster(keys, here.starts, size)
-            else:
-                assert ctx.spread is not None
-                seen = here.first if first is None else first, here.stop
-                clusters = ctx.spread.clusters(
-                    own.order, here.starts, size[0], self.slots(size), seen, functools.partial(self.cluster, level=size)
+            made = [self.cluster(keys, here.starts, size) for here, size in zip(full, sizes, strict=False)]
+        else:
+            spread = [
+                SpreadLevel(
+                    here.starts, here.length, self.slots(size), first, here.stop,
+                    functools.partial(self.cluster, level=size),
                 )
-            levels.append(Level.of(ctx, here, clusters, first))
-        return own, levels
+                for here, size, first in zip(full, sizes, firsts, strict=False)
+            ]  # fmt: skip
+            made = ctx.spread.clusters(own.order, spread)
+        return own, [Level.of(ctx, *level) for level in zip(full, made, firsts, strict=True)]
 
     # -- decoding: segments are clustered when they are full ---------------------------------------------------------
 

@@ -159,14 +159,14 @@ class Level:
     stop: Tensor
 
     @classmethod
-    def of(cls, ctx: RoutingContext, places: Places, clusters: Clusters, first: Tensor | None = None) -> Level:
+    def of(cls, ctx: RoutingContext, places: Places, clusters: Clusters, first: Tensor) -> Level:
         """The clusters of the segments of ``places``, as many slots for each; ``first``: the first segment that a
-        query sees, ``places.first`` if left out."""
+        query sees."""
         slots = clusters.size.shape[2] // places.starts.shape[1]
         order = clusters.order
         if places.order is not None:
             order = places.by_place(ctx).gather(2, order.long())
-        return cls(clusters, order, (places.first if first is None else first) * slots, places.stop * slots)
+        return cls(clusters, order, first * slots, places.stop * slots)
 
     def members(self, num_keys: int, start: int = 0) -> Tensor:
         """The number of the cluster of each key, from ``start`` on, int32 ``[B, Hkv, M]``, -1 = none."""

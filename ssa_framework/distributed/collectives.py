@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -100,7 +103,7 @@ class Ranks:
 
     def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int], purpose: str) -> Tensor:
         """Rows of ``x [sum(send), ...]``, ``send[r]`` of them for rank r → ``[sum(receive), ...]``."""
-        row = x[0:0].new_empty(x.shape[1:]).numel() * x.element_size()
+        row = math.prod(x.shape[1:]) * x.element_size()
         wire = _bytes(x)
         out = wire.new_empty(sum(receive) * row)
         with self._clear_errors(purpose):
@@ -153,15 +156,26 @@ def _bytes(x: Tensor) -> Tensor:
 
 
 def pack_bits(x: Tensor) -> Tensor:
-    """bool ``[n]`` → uint8 ``[ceil(n / 8)]``."""
-    padded = torch.nn.functional.pad(x.to(torch.uint8), (0, -x.numel() % 8)).view(-1, 8)
-    return (padded << torch.arange(8, dtype=torch.uint8, device=x.device)).sum(1, dtype=torch.uint8)
+    """bool ``[.., n]`` → uint8 ``[.., ceil(n / 8)]``."""
+    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return (padded * _values_of_bits(x.device)).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bits(bits: Tensor, count: int) -> Tensor:
-    """The inverse of `pack_bits`: bool ``[count]``."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return ((bits[:, None] >> shifts) & 1).flatten()[:count].bool()
+    """The inverse of `pack_bits`: bool ``[.., count]``."""
+    return (bits[..., None] & _values_of_bits(bits.device)).bool().flatten(-2)[..., :count]
+
+
+@functools.lru_cache(maxsize=16)
+def _values_of_bits(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return 1 << torch.arange(8, dtype=torch.uint8, device=device)
+
+
+def on_host(counts: Sequence[Tensor]) -> list[list[int]]:
+    """Integer tensors as flat lists. All are read at once, since the host waits for the device with each reading."""
+    numbers = iter(torch.cat([x.flatten() for x in counts]).tolist())
+    return [list(itertools.islice(numbers, x.numel())) for x in counts]
 
 
 def as_json_value(value: Any) -> Any:

@@ -19,12 +19,13 @@ from ssa_framework.attention import SparseAttention, graph_stats
 from ssa_framework.cache import LayerCache
 from ssa_framework.config import SSAConfig
 from ssa_framework.distributed.agreement import check_agreement, require_same
-from ssa_framework.distributed.collectives import Ranks, as_json_value
+from ssa_framework.distributed.collectives import Ranks, as_json_value, on_host
 from ssa_framework.distributed.layout import LayoutName, SequenceLayout
-from ssa_framework.distributed.needs import KeyTable, reached_keys
-from ssa_framework.distributed.routing_keys import Reach, SegmentsOfRanks, gather_keys
-from ssa_framework.distributed.rows import RowExchange, fetch_rows
-from ssa_framework.distributed.summary_sums import SummarySums
+from ssa_framework.distributed.needs import KeyTable, counted_before, reached_keys
+from ssa_framework.distributed.routing_keys import Reach, gather_keys
+from ssa_framework.distributed.rows import RowExchange, RowMasks, fetch_rows
+from ssa_framework.distributed.spread_segments import SegmentsOfRanks
+from ssa_framework.distributed.summary_sums import SharedMembers, SummarySums
 from ssa_framework.errors import CacheError, ConfigError, DtypeError, GraphError, MaskError, ShapeError
 from ssa_framework.graph import NeighborGraph
 from ssa_framework.masks import MaskMod, make_edge_mask
@@ -147,7 +148,7 @@ def build_shard_graph(
     ranks = context.ranks
     _agree(context, router, config, q, k, causal, key_padding_mask, segment_ids)
     layout = context.of_length(q.shape[2] * ranks.size)
-    positions = layout.positions(ranks.rank, q.device)
+    positions = layout.positions_by_rank(q.device)[ranks.rank]
     keep, segments = _gathered_metadata(layout, ranks, q, key_padding_mask, segment_ids)
 
     def sharded_mod(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
@@ -161,12 +162,13 @@ def build_shard_graph(
         keys=layout.length,
         device=q.device,
         causal=causal,
-        query_positions=positions,
         key_padding_mask=keep,
         segment_ids=None if segments is None else (segments[:, positions], segments),
         mask_mod=None if mask_mod is None else sharded_mod,
     )
-    mask = replace(mask, head_offset=first_head)
+    chunks = layout.chunks(ranks.rank)
+    offset = chunks[0][0] if len(chunks) == 1 else None
+    mask = replace(mask, positions=positions.int()[None], offset=offset, head_offset=first_head)
     reach = Reach.of(layout, mask)
     # what is measured on one machine may come out otherwise on another
     dense_below = None if router.dense_below == "auto" else router.dense_below
@@ -212,71 +214,55 @@ def _with_exchange(
 ) -> ShardGraph:
     ranks = context.ranks
     batch, kv_heads = k.shape[:2]
+    chunks = layout.chunks(ranks.rank)
     reached = reached_keys(routed, kv_heads)
+    if routed.band is not None:  # arithmetic on positions: all keys around the rows of a piece
+        for start, stop in chunks:
+            reached[..., max(0, start - routed.band.before) : stop + routed.band.after] = True
     used = reached.flatten(0, 1).any(0)
-    for start, stop in layout.chunks(ranks.rank):
-        # the band is arithmetic on positions: all keys around the rows of a piece stand in the table, side by side
+    for start, stop in chunks:  # the table holds them side by side, as queries of the band stand among them
         used[start:stop] = True
-        if routed.band is not None:
-            low = max(0, start - routed.band.before)
-            high = min(layout.length, stop + routed.band.after)
-            used[low:high] = True
-            reached = reached.clone()
-            reached[..., low:high] = True
-    table = KeyTable.of(used)
-    need = (reached & reachable[:, None]).expand(batch, kv_heads, -1)
-    rows = torch.arange(batch * kv_heads, device=k.device).view(batch, kv_heads, 1) * len(table)
-    places_of_keys = rows + table.before[:-1].long()  # [B, Hkv, M]
-    wanted, places = [], []
-    for rank in range(ranks.size):
-        theirs = layout.positions(rank, k.device)
-        mine = need[..., theirs]
-        wanted.append(mine.flatten())
-        places.append(places_of_keys[..., theirs][mine])
-    exchange = RowExchange.of_requests(ranks, wanted, places, batch * kv_heads * len(table))
-    sums = None
+    before = counted_before(used)
+    wanted = [layout.by_rank(reached & reachable[:, None]).expand(-1, batch, kv_heads, -1).flatten(1)]
+    shared = None
     if routed.summaries is not None:
-        positions = layout.positions(ranks.rank, k.device)
-        sums = SummarySums.of(ranks, routed.summaries, positions, batch, kv_heads)
+        shared = SharedMembers.of(ranks.rank, routed.summaries, layout, batch, kv_heads)
+        wanted.append(shared.wanted)
+    masks = RowMasks.requested(ranks, *wanted)
+    of_chunks = [before[start : start + 1] for start, _ in chunks]
+    (total,), *found = on_host([before[-1:], *of_chunks, *(end for rows in masks for end in rows.ends)])
+    offsets, ends = [place for (place,) in found[: len(chunks)]], found[len(chunks) :]
+    table = KeyTable.of(before, total)
+    heads = torch.arange(batch * kv_heads, device=k.device).view(batch, kv_heads, 1) * total
+    places = layout.by_rank(before[:-1])[:, None, None] + heads  # [W, B, Hkv, N / W]
+    exchange = RowExchange.of(ranks, masks[0], ends[:2], batch * kv_heads * total, places=places)
     return ShardGraph(
         context,
         routed,
-        _pieces(layout, ranks.rank, routed, table),
+        _pieces(chunks, offsets, table.graph(routed)),
         table,
         exchange,
-        sums,
+        None if shared is None else shared.sums(ranks, masks[1], ends[2:]),
         None if keys is None else k,
         None if keys is None else keys[:, :, table.used],
     )
 
 
 def _pieces(
-    layout: SequenceLayout, rank: int, routed: NeighborGraph, table: KeyTable
+    chunks: list[tuple[int, int]], offsets: list[int], graph: NeighborGraph
 ) -> list[tuple[slice, NeighborGraph]]:
-    """The graph of each run of consecutive queries, over the keys of the table."""
+    """Each run of consecutive queries of a graph over the keys of a table, where the first one stands at an offset."""
     pieces = []
     first = 0
-    for start, stop in layout.chunks(rank):
+    for (start, stop), offset in zip(chunks, offsets, strict=True):
         rows = slice(first, first + stop - start)
         first = rows.stop
         if rows.start == rows.stop:
             continue
-        mask = routed.mask.rows(rows)
-        offset = int(table.before[start])
-        mask = replace(
-            mask,
-            positions=torch.arange(offset, offset + stop - start, dtype=torch.int32, device=routed.device)[None],
-            offset=offset,
-            key_keep=None if mask.key_keep is None else mask.key_keep[:, table.used],
-            key_segments=None if mask.key_segments is None else mask.key_segments[:, table.used],
-            mask_mod=None if mask.mask_mod is None else _on_table(mask.mask_mod, table.used),
-        )
-        pieces.append((rows, table.graph(routed.with_queries(mask, rows), mask)))
+        positions = torch.arange(offset, offset + stop - start, dtype=torch.int32, device=graph.device)[None]
+        mask = replace(graph.mask.rows(rows), positions=positions, offset=offset)
+        pieces.append((rows, graph.with_queries(mask, rows)))
     return pieces
-
-
-def _on_table(mask_mod: MaskMod, used: Tensor) -> MaskMod:
-    return lambda b, h, row, key: mask_mod(b, h, row, used[key])
 
 
 def apply_shard_graph(
@@ -337,8 +323,8 @@ def apply_shard_graph(
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
 
-_known: WeakKeyDictionary[Router, dict[str, Any]] = WeakKeyDictionary()
-"""What the ranks compare of a configuration, by its router: options may be long lists of edges."""
+_known: WeakKeyDictionary[Router, tuple[dict[str, Any], str]] = WeakKeyDictionary()
+"""What the ranks compare of a configuration, and as a text, by its router: options may be long lists of edges."""
 
 
 def _agree(
@@ -353,16 +339,18 @@ def _agree(
 ) -> None:
     """Raises `DistributedError`, on all ranks, where they do not do the same."""
     if router not in _known:
-        _known[router] = {f"config.{name}": as_json_value(value) for name, value in config.to_dict().items()}
-    facts = dict(_known[router])
-    facts |= {"layout": context.layout, "causal": causal, "dtype": str(q.dtype)}
+        facts = {f"config.{name}": as_json_value(value) for name, value in config.to_dict().items()}
+        _known[router] = facts, json.dumps(facts, sort_keys=True)
+    of_config, text = _known[router]
+    facts = {"layout": context.layout, "causal": causal, "dtype": str(q.dtype)}
     facts |= {"local queries [B, H, N / W, D]": list(q.shape), "local keys [B, Hkv, N / W, D]": list(k.shape)}
     facts |= {"key_padding_mask": key_padding_mask is not None, "segment_ids": segment_ids is not None}
-    text = json.dumps(facts, sort_keys=True)
+    text += json.dumps(facts, sort_keys=True)
     digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
-    digests = context.ranks.all_gather(torch.tensor([digest], device=q.device), "digests of the configuration")
-    if int(digests.min()) != int(digests.max()):
-        require_same(facts, context.ranks, "attention call")
+    mine = torch.full((1,), digest, dtype=torch.int64, device=q.device)
+    (digests,) = on_host([context.ranks.all_gather(mine, "digests of the configuration")])
+    if len(set(digests)) > 1:
+        require_same(of_config | facts, context.ranks, "attention call")
 
 
 def _gathered_metadata(

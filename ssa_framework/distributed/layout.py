@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -62,6 +63,15 @@ class SequenceLayout:
         """Positions that a rank holds, ascending, int64 ``[N / W]``."""
         return torch.cat([torch.arange(start, stop, device=device) for start, stop in self.chunks(rank)])
 
+    def positions_by_rank(self, device: torch.device) -> Tensor:
+        """`positions` of every rank, int64 ``[W, N / W]``; calls share them, so nobody may write there."""
+        return _positions_by_rank(self, device)
+
+    def by_rank(self, x: Tensor) -> Tensor:
+        """``[.., N]`` by position → ``[W, .., N / W]``, what each rank holds of it."""
+        positions = self.positions_by_rank(x.device)
+        return x.index_select(-1, positions.flatten()).unflatten(-1, positions.shape).movedim(-2, 0)
+
     def rank_of(self, positions: Tensor) -> Tensor:
         """The rank that holds each of ``positions``, integers of any shape."""
         piece = torch.div(positions, max(1, self.length // self.pieces), rounding_mode="floor")
@@ -85,3 +95,9 @@ class SequenceLayout:
                 pieces[start] = gathered.narrow(dim, at, stop - start)
                 at += stop - start
         return torch.cat([pieces[start] for start in sorted(pieces)], dim=dim)
+
+
+@functools.lru_cache(maxsize=16)
+def _positions_by_rank(layout: SequenceLayout, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # later calls may need gradients
+        return torch.stack([layout.positions(rank, device) for rank in range(layout.ranks)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -40,10 +41,9 @@ def reached_keys(graph: NeighborGraph, kv_heads: int) -> Tensor:
 def covered(start: Tensor, end: Tensor, places: int) -> Tensor:
     """Places inside some interval ``[start, end)``: int32 ``[X, Y, N, P]`` → bool ``[X, Y, places]``."""
     steps = torch.zeros((*start.shape[:2], places + 1), dtype=torch.int32, device=start.device)
-    some = (end > start).flatten(2).int()
-    steps.scatter_add_(2, start.flatten(2).long(), some)
-    steps.scatter_add_(2, end.flatten(2).long(), -some)
-    return steps.cumsum(2)[..., :places] > 0
+    steps.scatter_(2, start.flatten(2).long(), 1, reduce="add")
+    steps.scatter_(2, torch.maximum(start, end).flatten(2).long(), -1, reduce="add")
+    return steps.cumsum(2, dtype=torch.int32)[..., :places] > 0
 
 
 def _marked(keys: Tensor, num_keys: int) -> Tensor:
@@ -71,20 +71,36 @@ class KeyTable:
     before: Tensor
 
     @classmethod
-    def of(cls, used: Tensor) -> KeyTable:
-        """From a mask, bool ``[M]``."""
-        return cls(used.nonzero()[:, 0], torch.nn.functional.pad(used.int().cumsum(0), (1, 0)).int())
+    def of(cls, before: Tensor, count: int) -> KeyTable:
+        """From what `counted_before` gives, and its last number."""
+        return cls(true_places(before[1:], count), before)
 
     def __len__(self) -> int:
         return self.used.numel()
 
+    @cached_property
+    def _rows(self) -> Tensor:
+        """int32 ``[M + 1]``: the row of each key, and at the end, which is place -1, a -1."""
+        rows = self.before.clamp(max=max(0, len(self) - 1))
+        rows[-1] = -1
+        return rows
+
     def places(self, keys: Tensor) -> Tensor:
         """Rows of the table for keys that are in it; -1 stays -1, and what is not in it gets any row."""
-        rows = self.before[keys.clamp(min=0).long()].clamp(max=max(0, len(self) - 1))
-        return torch.where(keys < 0, -1, rows)
+        return self._rows[keys.long()]
 
-    def graph(self, graph: NeighborGraph, mask: EdgeMask) -> NeighborGraph:
-        """``graph`` over the keys of the table; ``mask``: that of its rows, over these keys."""
+    def mask(self, mask: EdgeMask) -> EdgeMask:
+        """``mask`` over the keys of the table; positions stay what they are."""
+        mask_mod = mask.mask_mod
+        return replace(
+            mask,
+            key_keep=None if mask.key_keep is None else mask.key_keep[:, self.used],
+            key_segments=None if mask.key_segments is None else mask.key_segments[:, self.used],
+            mask_mod=None if mask_mod is None else lambda b, h, row, key: mask_mod(b, h, row, self.used[key]),
+        )
+
+    def graph(self, graph: NeighborGraph) -> NeighborGraph:
+        """``graph`` over the keys of the table."""
         spans, slices = graph.spans, graph.slices
         if spans is not None:
             spans = Spans(self.before[spans.start.long()], self.before[spans.end.long()])
@@ -94,9 +110,23 @@ class KeyTable:
         return replace(
             graph,
             num_keys=len(self),
-            mask=mask,
+            mask=self.mask(graph.mask),
             columns=None if graph.columns is None else self.places(graph.columns),
             neighbors=None if graph.neighbors is None else self.places(graph.neighbors),
             spans=spans,
             slices=slices,
         )
+
+
+def counted_before(mask: Tensor) -> Tensor:
+    """How many elements of bool ``[M]`` are true before each place, int32 ``[M + 1]``."""
+    return torch.nn.functional.pad(mask.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def true_places(counted: Tensor, count: int) -> Tensor:
+    """Numbers of the true elements of a mask, int64 ``[count]``: unlike ``nonzero`` this does not wait for the device.
+
+    Args:
+        counted: int32 ``[n]``, how many elements are true up to each of them. count: how many are in all.
+    """
+    return torch.searchsorted(counted, torch.arange(1, count + 1, dtype=torch.int32, device=counted.device))

@@ -3,12 +3,47 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ssa_framework.distributed.collectives import Ranks, pack_bits, unpack_bits
+from ssa_framework.distributed.needs import true_places
+
+
+@dataclass(frozen=True)
+class RowMasks:
+    """Rows of a table of which every rank has a part of R rows.
+
+    Attributes:
+        send: bool ``[W, R]``, the rows of this rank's part that each rank wants.
+        receive: bool ``[W, R]``, the rows of each rank's part that this rank wants.
+    """
+
+    send: Tensor
+    receive: Tensor
+
+    @classmethod
+    def requested(cls, ranks: Ranks, *wanted: Tensor) -> list[RowMasks]:
+        """Of several tables, from what this rank wants of each, bool ``[W, R]``; all ranks are asked at once."""
+        bits = pack_bits(torch.cat(wanted, dim=1))
+        ones = [1] * ranks.size
+        rows = [receive.shape[1] for receive in wanted]
+        asked = unpack_bits(ranks.all_to_all(bits, ones, ones, "requests"), sum(rows)).split(rows, dim=1)
+        return [cls(send, receive) for send, receive in zip(asked, wanted, strict=True)]
+
+    @cached_property
+    def counted(self) -> tuple[Tensor, Tensor]:
+        """How many rows are sent and received up to each of them, rank by rank, int32 ``[W · R]`` each."""
+        return self.send.flatten().cumsum(0, dtype=torch.int32), self.receive.flatten().cumsum(0, dtype=torch.int32)
+
+    @property
+    def ends(self) -> list[Tensor]:
+        """How many rows are sent to and received from the ranks up to each, ``[W]`` each; for `RowExchange.of`."""
+        return [counted.view(self.send.shape)[:, -1:] for counted in self.counted]
 
 
 @dataclass(frozen=True)
@@ -17,59 +52,82 @@ class RowExchange:
 
     Attributes:
         ranks: the process group.
-        send: int64 row numbers of the local table, ascending, for every rank.
-        receive: int64 row numbers of the fetched table, ascending, from every rank.
+        send: int64 row numbers of the local table, for one rank after the other, ascending for each.
+        receive: int64 row numbers of the fetched table, in the same way.
+        send_counts, receive_counts: how many of them belong to each rank.
         fetched: rows of the fetched table.
         unique: a row of the fetched table comes from one rank at most.
     """
 
     ranks: Ranks
-    send: tuple[Tensor, ...]
-    receive: tuple[Tensor, ...]
+    send: Tensor
+    receive: Tensor
+    send_counts: list[int]
+    receive_counts: list[int]
     fetched: int
     unique: bool = True
 
     @classmethod
-    def of_requests(
-        cls, ranks: Ranks, wanted: list[Tensor], places: list[Tensor], fetched: int, unique: bool = True
+    def of(
+        cls,
+        ranks: Ranks,
+        masks: RowMasks,
+        ends: list[list[int]],
+        fetched: int,
+        *,
+        sources: Tensor | None = None,
+        places: Tensor | None = None,
+        unique: bool = True,
     ) -> RowExchange:
-        """Ask every rank for rows of its table.
+        """Of the rows that are true in ``masks``.
 
         Args:
-            wanted: for every rank, bool ``[rows of its table]``, equally many on all ranks: the rows that this rank
-                wants. places: for every rank, int64 ``[rows wanted]``, where they belong in the fetched table.
+            ends: the numbers of ``masks.ends``.
+            sources: int64 ``[R]``, where each row of this rank's part lies in the local table; where it stands if left
+                out. places: int64 ``[W, R]``, where each row of each part belongs in the fetched table; where it
+                stands in its part if left out.
         """
-        bits = torch.stack([pack_bits(rows) for rows in wanted])
-        ones = [1] * ranks.size
-        asked = ranks.all_to_all(bits, ones, ones, "requests")
-        count = wanted[ranks.rank].numel()
-        send = tuple(unpack_bits(row, count).nonzero()[:, 0] for row in asked)
-        return cls(ranks, send, tuple(places), fetched, unique)
+        rows = masks.send.shape[1]
+        send_counts, receive_counts = (
+            [end - before for before, end in pairwise([0, *some])] if rows else [0] * ranks.size for some in ends
+        )
+        sent, received = masks.counted
+        send = true_places(sent, sum(send_counts)).remainder_(max(1, rows))
+        receive = true_places(received, sum(receive_counts))
+        return cls(
+            ranks,
+            send if sources is None else sources.index_select(0, send),
+            receive.remainder_(max(1, rows)) if places is None else places.flatten().index_select(0, receive),
+            send_counts,
+            receive_counts,
+            fetched,
+            unique,
+        )
 
     def fetch(self, local: Tensor, purpose: str) -> Tensor:
         """``local [rows, X]`` of every rank → ``[fetched, X]``; zeros where nothing was wanted. Rows that come from
         several ranks are added in the order of the ranks."""
-        return self._move(local, self.send, self.receive, self.fetched, purpose, add=not self.unique)
+        moved = self.ranks.all_to_all(local.index_select(0, self.send), self.send_counts, self.receive_counts, purpose)
+        if self.unique:
+            return moved.new_zeros((self.fetched, local.shape[1])).index_copy_(0, self.receive, moved)
+        return _added(moved, self.receive, self.receive_counts, self.fetched)
 
     def give_back(self, table: Tensor, rows: int, purpose: str) -> Tensor:
         """The transpose of `fetch`: ``table [fetched, X]`` of every rank → ``[rows, X]``: what all ranks have for a
         local row, added in the order of the ranks, in float32 at least."""
-        return self._move(table, self.receive, self.send, rows, purpose, add=True)
-
-    def _move(
-        self, x: Tensor, send: tuple[Tensor, ...], receive: tuple[Tensor, ...], rows: int, purpose: str, add: bool
-    ) -> Tensor:
-        counts = [place.numel() for place in receive]
         moved = self.ranks.all_to_all(
-            x.index_select(0, torch.cat(send)), [place.numel() for place in send], counts, purpose
+            table.index_select(0, self.receive), self.receive_counts, self.send_counts, purpose
         )
-        if not add:
-            return x.new_zeros((rows, x.shape[1])).index_copy_(0, torch.cat(receive), moved)
-        wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-        out = torch.zeros((rows, x.shape[1]), dtype=wide, device=x.device)
-        for place, part in zip(receive, moved.split(counts), strict=True):
-            out.index_add_(0, place, part.to(wide))  # each row at most once: the order of addition is that of the ranks
-        return out.to(x.dtype)
+        return _added(moved, self.send, self.send_counts, rows)
+
+
+def _added(moved: Tensor, places: Tensor, counts: list[int], rows: int) -> Tensor:
+    """Rows ``[sum(counts), X]`` of one rank after the other, added up at ``places``: ``[rows, X]``."""
+    wide = moved.to(torch.promote_types(moved.dtype, torch.float32))
+    out = wide.new_zeros((rows, moved.shape[1]))
+    for place, part in zip(places.split(counts), wide.split(counts), strict=True):
+        out.index_add_(0, place, part)  # each row at most once: the order of addition is that of the ranks
+    return out.to(moved.dtype)
 
 
 class _Fetch(torch.autograd.Function):

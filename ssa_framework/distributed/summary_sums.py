@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssa_framework.distributed.collectives import Ranks, pack_bits, unpack_bits
+from ssa_framework.distributed.collectives import Ranks
+from ssa_framework.distributed.layout import SequenceLayout
 from ssa_framework.distributed.needs import covered
-from ssa_framework.distributed.rows import RowExchange, fetch_rows
+from ssa_framework.distributed.rows import RowExchange, RowMasks, fetch_rows
 from ssa_framework.ops.summarize_keys.api import group_means
 from ssa_framework.proposals import Summaries
 
@@ -28,30 +29,6 @@ class SummarySums:
     members: Tensor
     sizes: Tensor
 
-    @classmethod
-    def of(cls, ranks: Ranks, summaries: Summaries, positions: Tensor, batch: int, kv_heads: int) -> SummarySums:
-        """Ask for the sums that some query looks at.
-
-        Args:
-            positions: int64 ``[N / W]``, of the keys that this rank holds.
-        """
-        members = summaries.members.expand(batch, kv_heads, -1, -1)
-        count = summaries.count
-        sizes = _counts(members, count)
-        mine = members[..., positions].contiguous()
-        have = (_counts(mine, count) > 0).flatten()
-        seen = torch.zeros((1, 1, count), dtype=torch.bool, device=members.device)
-        for level in range(summaries.levels):
-            first, stop = (x[:, None, :, level, None] for x in (summaries.first, summaries.stop))
-            seen = seen | covered(first, stop, count)
-        wanted = (seen & (sizes > 0)).flatten()
-        # everybody must know who has what, since the keys of a summary may lie on several ranks
-        has = [unpack_bits(bits, have.numel()) for bits in ranks.all_gather(pack_bits(have), "requests")]
-        asked = [wanted & there for there in has]
-        places = [rows.nonzero()[:, 0] for rows in asked]
-        exchange = RowExchange.of_requests(ranks, asked, places, wanted.numel(), unique=False)
-        return cls(exchange, mine, sizes)
-
     def means(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``k, v [B, Hkv, N / W, ..]`` of this rank → means of keys and of values ``[B, Hkv, C, ..]`` and logarithms
         of sizes ``[B, Hkv, C]``; zeros where no query of this rank looks."""
@@ -64,13 +41,35 @@ class SummarySums:
         return mean_k.contiguous(), mean_v.contiguous(), self.sizes.to(wide).log()
 
 
+@dataclass(frozen=True)
+class SharedMembers:
+    """Keys of a graph's summaries, rank by rank. All ranks know them, so they need not be asked who has what.
+
+    Attributes:
+        members: int32 ``[B, Hkv, R, N / W]``, of the keys that this rank holds.
+        counts: int32 ``[W, B, Hkv, C]``, how many keys of each summary each rank holds.
+        wanted: bool ``[W, B · Hkv · C]``, the sums of each rank that some query of this one looks at.
+    """
+
+    members: Tensor
+    counts: Tensor
+    wanted: Tensor
+
+    @classmethod
+    def of(cls, rank: int, summaries: Summaries, layout: SequenceLayout, batch: int, kv_heads: int) -> SharedMembers:
+        members = layout.by_rank(summaries.members.expand(batch, kv_heads, -1, -1))  # [W, B, Hkv, R, N / W]
+        owner = torch.where(members < 0, summaries.count, members).flatten(3).long()
+        counts = torch.zeros((*owner.shape[:3], summaries.count + 1), dtype=torch.int32, device=members.device)
+        counts = counts.scatter_(3, owner, 1, reduce="add")[..., :-1]
+        seen = covered(summaries.first[:, None], summaries.stop[:, None], summaries.count)
+        return cls(members[rank].contiguous(), counts, ((counts > 0) & seen).flatten(1))
+
+    def sums(self, ranks: Ranks, masks: RowMasks, ends: list[list[int]]) -> SummarySums:
+        """What follows from the rows that are exchanged; arguments as in `RowExchange.of`."""
+        exchange = RowExchange.of(ranks, masks, ends, self.wanted.shape[1], unique=False)
+        return SummarySums(exchange, self.members, self.counts.sum(0, dtype=torch.int32))
+
+
 def _sums(x: Tensor, members: Tensor, ones: Tensor) -> Tensor:
     sums: Tensor = group_means(x, members, ones)
     return sums
-
-
-def _counts(members: Tensor, count: int) -> Tensor:
-    """int32 ``[B, Hkv, C]``."""
-    owner = torch.where(members < 0, count, members).flatten(2).long()
-    sizes = torch.zeros((*members.shape[:2], count + 1), dtype=torch.int32, device=members.device)
-    return sizes.scatter_add_(2, owner, torch.ones_like(owner, dtype=torch.int32))[..., :count]
