@@ -284,24 +284,24 @@ def gpu_decode() -> str:
     return table([*head, "device", "dense, device", "dense / sparse, device"], map(line, rows("decode_cuda.csv")))
 
 
-def distributed_nccl() -> str:
+def distributed(file: str, one: str) -> str:
     kinds: dict[tuple[str, str, int], dict[str, Row]] = {}
-    for r in rows("distributed_nccl.csv"):
+    for r in rows(file):
         if r["milliseconds"]:
             kinds.setdefault((r["mode"], r["mix"], int(r["length"])), {})[r["method"]] = r
 
     def line(kind: tuple[str, str, int], of: dict[str, Row]) -> list[str]:
-        one, gathered, spread = (of[method] for method in ("one process", "all-gather", "context parallel"))
+        alone, gathered, spread = (of[method] for method in ("one process", "all-gather", "context parallel"))
         mode, mix, length = kind
-        speedup = float(one["milliseconds"]) / float(spread["milliseconds"])
+        speedup = float(alone["milliseconds"]) / float(spread["milliseconds"])
         received = (f"{int(r['bytes_received']) / 2**20:.0f}" for r in (spread, gathered))
-        times = (number(r["milliseconds"]) for r in (one, gathered, spread))
+        times = (number(r["milliseconds"]) for r in (alone, gathered, spread))
         name = mode.replace("+", " + ")
         return [
             f"`{mix}`", name, f"{length:,}", *times, f"{speedup:.2f}", " / ".join(received), spread["difference"]
         ]  # fmt: skip
 
-    head = ["mix", "pass", "N", "one GPU, ms", "all-gather, ms", "context parallel, ms", "one GPU / context parallel"]
+    head = ["mix", "pass", "N", f"{one}, ms", "all-gather, ms", "context parallel, ms", f"{one} / context parallel"]
     head = [*head, "MiB received, context parallel / all-gather", "difference"]
     return table(head, (line(*item) for item in kinds.items()))
 
@@ -407,7 +407,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "compile-cuda": compiled_cuda,
     "decode": decode,
     "decode-summary": decode_summary,
-    "distributed-nccl": distributed_nccl,
+    "distributed-cpu": lambda: distributed("distributed_cpu.csv", "one process"),
+    "distributed-nccl": lambda: distributed("distributed_nccl.csv", "one GPU"),
     "eval-model": eval_model,
     "gpu-decode": gpu_decode,
     "perplexity": perplexity,

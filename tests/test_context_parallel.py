@@ -33,6 +33,7 @@ from ssa_framework.distributed import (
     run_ranks,
 )
 from ssa_framework.distributed.collectives import pack_bits, unpack_bits
+from ssa_framework.distributed.needs import true_places
 from ssa_framework.distributed.thread_ranks import ThreadRanks
 from ssa_framework.errors import CacheError, ConfigError, DistributedError, GraphError, MaskError, ShapeError, SSAError
 
@@ -155,6 +156,17 @@ def test_dense_attention_and_small_sequences(dense_below: int) -> None:
         config = SSAConfig(sources=MIXES[mix], num_neighbors=64, causal=True, dense_below=dense_below)
         Case.of(config, length=64, packed=True).check(2)
         Case.of(config.replace(causal=False), length=32).check(4)
+
+
+@pytest.mark.parametrize(("batch", "length"), [(0, 64), (1, 0)], ids=["no batch element", "no token"])
+def test_nothing_to_attend(batch: int, length: int) -> None:
+    x = torch.zeros((batch, 2, length // 2, 8))
+    for mix in ("topk", "clusters", "window"):
+        config = SSAConfig(sources=MIXES[mix], num_neighbors=24, causal=True)
+        for out in run_ranks(
+            2, lambda r, c=config: context_parallel_attention(x, x, x, ContextParallel(r, "zigzag"), config=c)
+        ):
+            assert out.shape == x.shape
 
 
 def test_mask_mod_sees_positions_of_the_whole_sequence() -> None:
@@ -292,8 +304,8 @@ class CountedRanks(ThreadRanks):
     ids=["window", "lsh", "one level", "two levels"],
 )
 def test_a_call_takes_few_launches_and_waits(mix: str, waits: int, exchanges: int, launches: int, ranks: int) -> None:
-    """At lengths where a GPU is done soon, the host decides how long a call takes: some 15 µs a launch, some 50 an
-    exchange, and a wait for the device leaves it with nothing to do until the next launch.
+    """Where a GPU is done soon, the host decides how long a call takes: with every launch, with every exchange, and
+    with every wait for the device, which then has nothing to do until the next launch.
 
     Waits: one for the digests, one for the rows of each table whose size depends on what was computed (keys that
     routing gathers or clusters, centroids), and one for keys, values and sums that were selected. Neither they nor
@@ -313,7 +325,6 @@ def test_a_call_takes_few_launches_and_waits(mix: str, waits: int, exchanges: in
     for found in run_ranks(ranks, attend):
         assert found[:2] == (waits, exchanges)
         assert found[2] <= launches
-        print(found)
 
 
 # -- modules ----------------------------------------------------------------------------------------------------------
@@ -482,6 +493,12 @@ def test_packed_bits(bits: list[bool]) -> None:
     assert torch.equal(unpack_bits(pack_bits(x), len(bits)), x)
 
 
+@given(mask=st.lists(st.booleans(), max_size=50))
+def test_true_places_are_those_of_nonzero(mask: list[bool]) -> None:
+    x = torch.tensor(mask, dtype=torch.bool)
+    assert torch.equal(true_places(x.cumsum(0, dtype=torch.int32), sum(mask)), x.nonzero()[:, 0])
+
+
 @pytest.mark.parametrize("name", ["zigzag", "contiguous"])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_layouts_share_out_every_position(name: Any, ranks: int) -> None:
@@ -492,5 +509,6 @@ def test_layouts_share_out_every_position(name: Any, ranks: int) -> None:
         assert torch.equal(part, layout.positions(rank))
         assert bool((layout.rank_of(part) == rank).all())
     assert torch.equal(layout.in_order(torch.cat(parts), 0), whole)
+    assert torch.equal(layout.by_rank(whole.expand(2, -1)), torch.stack(parts)[:, None].expand(-1, 2, -1))
     work = [int((layout.positions(rank) + 1).sum()) for rank in range(ranks)]
     assert name == "contiguous" or len(set(work)) == 1, "every rank has as many keys before its queries"

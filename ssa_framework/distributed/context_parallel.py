@@ -298,7 +298,7 @@ def apply_shard_graph(
     rows = torch.cat([k, v], dim=-1).flatten(0, 2)
     known = None if gathered is None else gathered.flatten(0, 2)
     table = fetch_rows(graph.exchange, rows, "keys and values" if known is None else "values", known)
-    table = table.view(batch, kv_heads, len(graph.table), -1)
+    table = table.view(batch, kv_heads, len(graph.table), table.shape[1])
     table_k, table_v = table[..., :dim].contiguous(), table[..., dim:].contiguous()
     made = None if graph.sums is None else graph.sums.means(k, v)
     outs = []
@@ -324,7 +324,7 @@ def apply_shard_graph(
 
 
 _known: WeakKeyDictionary[Router, tuple[dict[str, Any], str]] = WeakKeyDictionary()
-"""What the ranks compare of a configuration, and as a text, by its router: options may be long lists of edges."""
+"""What the ranks compare of a configuration, and its digest, by its router: options may be long lists of edges."""
 
 
 def _agree(
@@ -340,17 +340,20 @@ def _agree(
     """Raises `DistributedError`, on all ranks, where they do not do the same."""
     if router not in _known:
         facts = {f"config.{name}": as_json_value(value) for name, value in config.to_dict().items()}
-        _known[router] = facts, json.dumps(facts, sort_keys=True)
-    of_config, text = _known[router]
+        _known[router] = facts, _digest(facts).hex()
+    of_config, digest_of_config = _known[router]
     facts = {"layout": context.layout, "causal": causal, "dtype": str(q.dtype)}
     facts |= {"local queries [B, H, N / W, D]": list(q.shape), "local keys [B, Hkv, N / W, D]": list(k.shape)}
     facts |= {"key_padding_mask": key_padding_mask is not None, "segment_ids": segment_ids is not None}
-    text += json.dumps(facts, sort_keys=True)
-    digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
+    digest = int.from_bytes(_digest(facts | {"config": digest_of_config})[:8], "little", signed=True)
     mine = torch.full((1,), digest, dtype=torch.int64, device=q.device)
     (digests,) = on_host([context.ranks.all_gather(mine, "digests of the configuration")])
     if len(set(digests)) > 1:
         require_same(of_config | facts, context.ranks, "attention call")
+
+
+def _digest(facts: Mapping[str, Any]) -> bytes:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
 
 
 def _gathered_metadata(

@@ -118,7 +118,7 @@ class SegmentsOfRanks:
         )
         table = exchange.fetch(torch.cat([part.centroids() for part in parts]), "clusters for routing")
         return [
-            rows.view(*some.shape[:2], -1, table.shape[1])
+            rows.view(*some.flatten(2).shape, table.shape[1])
             for rows, some in zip(table.split([some.numel() for some in filled]), filled, strict=True)
         ]
 
