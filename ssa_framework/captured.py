@@ -34,6 +34,7 @@ class StepOptions(NamedTuple):
 class _Capture:
     """A captured step, which reads the new token from ``place`` and leaves its output in ``out``."""
 
+    router: Router
     replay: Callable[[], object]
     append: AppendToken
     place: TokenPlace
@@ -105,9 +106,11 @@ class CapturedSteps:
             and rooms is not None
             and capture.left > 0
             and self._in_a_row > 1
+            and capture.router is router
             and capture.place.keys is rooms[0]
             and capture.place.values is rooms[1]
             and capture.signature == signature
+            and not router.registry.observes_graphs
         )
         if not served:
             capture = self._capture = None
@@ -180,7 +183,7 @@ def _captured(
     append(place, *token, length)
     step()  # compiles kernels, and makes what is kept
     replay, out = _record(step, q.device)
-    return _Capture(replay, append, place, out, _signature(*token, options), steps)
+    return _Capture(router, replay, append, place, out, _signature(*token, options), steps)
 
 
 def _may_be_captured(x: Tensor) -> bool:

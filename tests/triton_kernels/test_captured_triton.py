@@ -14,7 +14,7 @@ from integrations.tiny_models import tokens as tokens_of_models
 from ssa_framework import LayerCache, SparseAttention, SSACache, SSAConfig, captured, sparse_attention
 from ssa_framework.captured import CapturedSteps
 from ssa_framework.decoding import attend_cached, captured_steps
-from ssa_framework.errors import ShapeError
+from ssa_framework.errors import CacheError, ShapeError
 from ssa_framework.hookspecs import hookimpl
 from ssa_framework.integrations.transformers import use_sparse_attention
 from ssa_framework.ops.neighbor_attention import triton_few_call
@@ -155,6 +155,10 @@ def test_other_tokens_in_between_and_other_options(monkeypatch: pytest.MonkeyPat
     before = steps.captures
     assert replayed(scale=0.5)
     assert steps.captures == before + 1
+    with pytest.raises(CacheError, match="another layer"):
+        attend_cached(Router(layer.config), cache, *(x[:, :, 27:28] for x in given), replay=True, scale=0.5)
+    cache.crop(26)
+    assert [replayed() for _ in range(4)] == [False, False, True, True]
     observed: list[object] = []
 
     class Observer:

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from ssa_framework.ops.append_token.triton_copy import append_token_kernel
 from ssa_framework.ops.append_token.types import TokenPlace
+from ssa_framework.ops.triton_runtime import launches
 
 
+@launches
 def append_token(place: TokenPlace, q: Tensor, k: Tensor, v: Tensor, position: int) -> None:
     """See `ssa_framework.ops.append_token.api.append_token`."""
     batch, heads, _, dim = q.shape

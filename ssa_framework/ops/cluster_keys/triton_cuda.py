@@ -115,6 +115,7 @@ def _padded(n: int) -> int:
     return max(16, triton.next_power_of_2(n))
 
 
+@triton_runtime.launches
 def cluster(
     k: Tensor, starts: Tensor, length: int, clusters: int, steps: list[int], stride: int, capacity: int
 ) -> Clusters:
@@ -211,6 +212,7 @@ def _cluster_in_chunks(
     return counts[-1]
 
 
+@triton_runtime.launches
 def members(order: Tensor, start: Tensor, size: Tensor, keys: int, first: int) -> Tensor:
     """See `ssa_framework.ops.cluster_keys.members.cluster_members`."""
     batch, heads, slots = size.shape

@@ -9,11 +9,13 @@ import triton
 from torch import Tensor
 
 from ssa_framework.ops.index_bounds.triton_outside import outside_kernel
+from ssa_framework.ops.triton_runtime import launches
 from ssa_framework.proposals import Bounds
 
 _BLOCK = 4096
 
 
+@launches
 def any_outside(bounds: Sequence[Bounds], device: torch.device) -> Tensor:
     """See `ssa_framework.ops.index_bounds.api.any_outside`."""
     found = torch.zeros((), dtype=torch.int32, device=device)

@@ -22,7 +22,7 @@ from ssa_framework.ops.lsh_slices.families import CrossPolytope, hash_family
 from ssa_framework.ops.lsh_slices.probing import flip_table
 from ssa_framework.ops.lsh_slices.triton_tiles import Keys, Queries, Rows, Slices
 from ssa_framework.ops.lsh_slices.types import Family, HashLevels
-from ssa_framework.ops.triton_runtime import INTERPRETED
+from ssa_framework.ops.triton_runtime import INTERPRETED, launches
 
 _PLANES = 16
 """Columns of a function of hyperplanes; always as many, since the order of additions must not follow the length."""
@@ -112,6 +112,7 @@ def _tiles_of(dtype: torch.dtype, dim: int) -> _Tiles:
     return _Tiles(1, 64, min(64, 2**13 // width), width, 4, 8, 1)
 
 
+@launches
 def slices(
     q: Tensor, k: Tensor, directions: Tensor, family: Family, probes: int, levels: HashLevels, center: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -51,6 +51,7 @@ from ssa_framework.ops.neighbor_attention.triton_slices import (
     share_out,
     sort_pairs,
 )
+from ssa_framework.ops.triton_runtime import launches
 
 _PROGRAMS = 1024  # enough to fill a large GPU
 _MOST_SPLITS, _QUERIES_OF_A_SPLIT = 8, 16384
@@ -61,6 +62,7 @@ _CACHED_BYTES = 2**26
 _Pair = tuple[Tensor | None, Tensor | None]
 
 
+@launches
 def forward(
     q: Tensor,
     k: Tensor,
@@ -106,6 +108,7 @@ def forward(
     return out, lse
 
 
+@launches
 def backward(
     grad_out: Tensor,
     grad_lse: Tensor,

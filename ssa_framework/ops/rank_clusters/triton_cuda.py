@@ -55,6 +55,7 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
 
 
+@triton_runtime.launches
 def rank(
     q: Tensor,
     clusters: Clusters,

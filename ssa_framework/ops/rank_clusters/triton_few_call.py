@@ -16,6 +16,7 @@ from ssa_framework.ops.rank_clusters.triton_few import (
 from ssa_framework.ops.rank_clusters.triton_rank import Limits, Opened
 from ssa_framework.ops.rank_clusters.triton_tile import padded, parts_of_queries, tile_for
 from ssa_framework.ops.rank_clusters.types import OpenedClusters
+from ssa_framework.ops.triton_runtime import launches
 
 FEW = 4
 """Most queries for which clusters are shared out among programs."""
@@ -33,6 +34,7 @@ _CHUNK = 1024
 """Entries that are compared at once in the end: the best of 16 shares, if few are opened."""
 
 
+@launches
 def rank(
     q: Tensor, clusters: Clusters, limits: tuple[Tensor, Tensor], budget: int, most: int, spread: float
 ) -> OpenedClusters:

@@ -28,7 +28,7 @@ from ssa_framework.ops.select_neighbors.triton_slices import (
     group_kernel,
 )
 from ssa_framework.ops.select_neighbors.types import Eligible, Proposed, Selection, most_listed
-from ssa_framework.ops.triton_runtime import INTERPRETED
+from ssa_framework.ops.triton_runtime import INTERPRETED, launches
 from ssa_framework.proposals import Candidates, Ranges
 
 WORK_BYTES = 2**31
@@ -133,6 +133,7 @@ def _room(ranges: Ranges, keys: int) -> int:
     return triton.cdiv(_slots(ranges) * (length if ranges.limit is None else min(length, ranges.limit)), 4) * 4
 
 
+@launches
 def select(q: Tensor, k: Tensor, proposed: Sequence[Proposed], eligible: Eligible, budget: int) -> Selection:
     """See `ssa_framework.ops.select_neighbors.api.select_neighbors`; `why_not` must have nothing against it."""
     # A key that is also proposed by score keeps its guarantee.

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from ssa_framework.ops.summarize_keys.triton_means import means_kernel, spread_kernel
-from ssa_framework.ops.triton_runtime import INTERPRETED
+from ssa_framework.ops.triton_runtime import INTERPRETED, launches
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_GRID = 65535
@@ -34,6 +34,7 @@ def group_order(members: Tensor, sizes: Tensor) -> Tensor:
     return order.int().view(batch, heads, levels * keys)
 
 
+@launches
 def means(x: Tensor, members: Tensor, sizes: Tensor, order: Tensor) -> Tensor:
     """``x [B, Hkv, M, D]``, ``members [B or 1, Hkv or 1, R, M]``, ``sizes [B or 1, Hkv or 1, C]`` and their
     `group_order` → float32 ``[B, Hkv, C, D]``."""
@@ -50,6 +51,7 @@ def means(x: Tensor, members: Tensor, sizes: Tensor, order: Tensor) -> Tensor:
     return out
 
 
+@launches
 def spread(grad: Tensor, members: Tensor, sizes: Tensor) -> Tensor:
     """Gradient of `means`: float32 ``[B, Hkv, C, D]`` → ``[B, Hkv, M, D]``."""
     batch, heads, count, dim = grad.shape

@@ -7,10 +7,12 @@ import triton
 from torch import Tensor
 
 from ssa_framework.ops.summary_reach.triton_reach import last_kernel, later_kernel
+from ssa_framework.ops.triton_runtime import launches
 
 _KEYS, _QUERIES, _GROUPS = 1024, 64, 64
 
 
+@launches
 def reaches_later(members: Tensor, count: int, first: Tensor, stop: Tensor, positions: Tensor) -> Tensor:
     """See `ssa_framework.ops.summary_reach.api.reaches_later`."""
     batches, heads, levels, keys = members.shape
