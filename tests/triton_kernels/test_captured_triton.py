@@ -207,8 +207,9 @@ def test_layers_and_functions_replay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_models_of_transformers_replay(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = causal_lm("llama", num_hidden_layers=1), tokens_of_models(batch=2, length=17)
-    mix = {"global": {"tokens": 2}, "clusters": {"levels": [[8, 4]], "keys": 8}}
-    config = SSAConfig(sources=mix, graph_heads="kv", num_neighbors=8, dense_below=0, backend="triton")
+    config = SSAConfig(
+        sources={"self": {}, "window": {"size": 5}}, graph_heads="kv", num_neighbors=8, dense_below=0, backend="triton"
+    )
     counted: list[int] = []
     run = CapturedSteps.run
 
