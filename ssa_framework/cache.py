@@ -93,17 +93,21 @@ class IndexStates:
 
     # -- for the router ------------------------------------------------------------------------------------------
 
+    def check_owner(self, owner: object) -> None:
+        """Raise what `bind` would raise."""
+        if self.owner is not None and self.owner is not owner:
+            raise CacheError(
+                "this cache holds index states of another layer; use one layer of the SSACache for each layer of the "
+                "model, or reset() it"
+            )
+
     def bind(self, owner: object) -> None:
         """Say which router's sources keep their states here.
 
         Raises:
             CacheError: those of another one do.
         """
-        if self.owner is not None and self.owner is not owner:
-            raise CacheError(
-                "this cache holds index states of another layer; use one layer of the SSACache for each layer of the "
-                "model, or reset() it"
-            )
+        self.check_owner(owner)
         self.owner = owner
 
     def indexed(self, name: str, source: NeighborSource, ctx: RoutingContext) -> RoutingContext:

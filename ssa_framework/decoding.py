@@ -47,10 +47,11 @@ def attend_cached(
         ``[B, H, new, Dv]`` and the graph of the last of these queries; ``None`` where there are no tokens, or a replay.
 
     Raises:
-        CacheError: what `LayerCache.append` refuses. ConfigError: attention is not causal. ShapeError: other numbers
-        of queries than keys.
+        CacheError: what `LayerCache.append` refuses, or a cache of another router. ConfigError: attention is not
+        causal. ShapeError: other numbers of queries than keys. Nothing is appended then.
     """
-    if replay and q.shape[2] == 1 and key_keep is None and cache.key_keep is None and not source_inputs:
+    one = q.dim() == 4 and q.shape[2] == 1
+    if replay and one and key_keep is None and cache.key_keep is None and not source_inputs:
         out = captured_steps(cache.states).run(
             router, cache.states, cache.rooms, cache.length, q, k, v, StepOptions(scale, fp32_weights),
             lambda: check_new_tokens(router, cache, q, k, v),
@@ -94,6 +95,7 @@ def check_new_tokens(
         raise ShapeError(f"queries, keys and values are those of the new tokens, got {q.shape[2]} and {k.shape[2]}")
     if torch.is_grad_enabled() and q.requires_grad:
         raise CacheError("a cache is for inference: decode under torch.no_grad(), or pass detached queries")
+    cache.states.check_owner(router)
     cache.check(k, v, key_keep)
 
 

@@ -347,6 +347,7 @@ def test_another_layer_is_refused() -> None:
     attend_cached(Router(config("preset")), cache, *tokens)
     with pytest.raises(CacheError, match="another layer"):
         attend_cached(Router(config("preset")), cache, *tokens)
+    assert cache.length == 5, "what was refused must not be cached"
 
 
 def test_summaries_of_a_cache_have_no_gradients() -> None:
