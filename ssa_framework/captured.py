@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -60,8 +61,8 @@ class CapturedSteps:
 
     Steps are plain ones throughout where tensors are not on CUDA, a source says of itself that it depends on more than
     positions, the router audits, somebody observes graphs (`ssa_graph_built`), or the queries are few enough for
-    ``dense_below``. It lies beside the index states that it reads (`IndexStates.captured`), and is lost where tokens
-    are dropped or reordered.
+    ``dense_below``; and, after a warning, where capturing failed. It lies beside the index states that it reads
+    (`IndexStates.captured`), and is lost where tokens are dropped or reordered.
 
     Attributes:
         captures, replays: how many there were.
@@ -71,6 +72,7 @@ class CapturedSteps:
         self._capture: _Capture | None = None
         self._next = -1
         self._in_a_row = 0
+        self._failed = False
         self.captures = self.replays = 0
 
     def run(
@@ -114,15 +116,20 @@ class CapturedSteps:
         )
         if not served:
             capture = self._capture = None
-            if rooms is None or self._in_a_row < _IN_A_ROW:
+            if rooms is None or self._in_a_row < _IN_A_ROW or self._failed:
                 return None
             steps = self._steady_steps(router, states, rooms, length, q)
             if steps < _WORTH:
                 return None
             if check is not None:
                 check()
-            with torch.inference_mode(False), torch.no_grad():
-                capture = self._capture = _captured(router, states, rooms, length, (q, k, v), options, steps)
+            try:
+                with torch.inference_mode(False), torch.no_grad():
+                    capture = self._capture = _captured(router, states, rooms, length, (q, k, v), options, steps)
+            except RuntimeError as error:  # what a source does may not be allowed in a capture, or memory may be short
+                self._failed = True
+                warnings.warn(f"a step could not be captured; steps are launched one by one: {error}", stacklevel=3)
+                return None
             self.captures += 1
         assert capture is not None
         # the device begins as soon as it can; what the host has to note can wait

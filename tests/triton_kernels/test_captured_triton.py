@@ -175,6 +175,23 @@ def test_other_tokens_in_between_and_other_options(monkeypatch: pytest.MonkeyPat
         layer.registry.manager.unregister(observer)
 
 
+def test_steps_that_cannot_be_captured_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(step: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], object], Tensor]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(captured, "_record", refuse)
+    layer, given, cache = router(sources={"self": {}, "window": {"size": 5}}), tokens(14), LayerCache()
+    whole, _ = attend_cached(layer, LayerCache(), *given)
+    outs = [attend_cached(layer, cache, *(x[:, :, :10] for x in given), replay=True)[0]]
+    with pytest.warns(UserWarning, match="launched one by one: operation not permitted"):
+        outs.append(attend_cached(layer, cache, *(x[:, :, 10:11] for x in given), replay=True)[0])
+    outs += [
+        attend_cached(layer, cache, *(x[:, :, place : place + 1] for x in given), replay=True)[0]
+        for place in range(11, 14)
+    ]
+    torch.testing.assert_close(torch.cat(outs, dim=2), whole, rtol=1e-5, atol=1e-6)
+
+
 def test_copies_and_pickles_know_no_capture() -> None:
     layer, given, cache = router(sources={"self": {}, "window": {"size": 5}}), tokens(20), LayerCache()
     for place in range(18):
