@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.benchmark.utils.timer import timer  # waits for CUDA where there is one
 
 from ssa_framework.config import SSAConfig
-from ssa_framework.errors import ConfigError, MissingExtraError
+from ssa_framework.errors import ConfigError
 from ssa_framework.graph import NeighborGraph
 from ssa_framework.hookspecs import hookimpl
 from ssa_framework.laboratory.files import replace_json
@@ -229,7 +229,7 @@ def evaluate(
     Raises:
         ConfigError: no mix, one that is called `DENSE`, no text or too short a one, more tokens than the model reads,
             perplexities that are not finite, or what `use_sparse_attention` says.
-        MissingExtraError: transformers is not installed.
+        MissingExtraError: transformers is not installed or too old.
     """
     plan = plan or Plan()
     if not mixes or DENSE in mixes:
@@ -349,13 +349,8 @@ class _Subject:
         dense_layers: tuple[int, ...],
         registry: SourceRegistry | None,
     ) -> None:
-        try:
-            from ssa_framework.integrations.transformers import use_sparse_attention
-        except ImportError as error:
-            raise MissingExtraError(
-                "evaluating a language model needs transformers 5 or later; run: pip install "
-                "'ssa-framework[transformers]'"
-            ) from error
+        from ssa_framework.integrations.transformers import use_sparse_attention
+
         self.mixes = dict(mixes)
         self.model, self.dense_layers, self.registry = model, dense_layers, registry
         self._use = use_sparse_attention

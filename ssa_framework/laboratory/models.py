@@ -45,7 +45,7 @@ def load_model(
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise MissingExtraError(
-            "reading a language model needs transformers 5 or later; run: pip install 'ssa-framework[transformers]'"
+            "reading a language model needs transformers; run: pip install 'ssa-framework[transformers]'"
         ) from error
     options: dict[str, Any] = {"local_files_only": True}
     if gguf_file is not None:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import masking_utils
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import (
+    and_masks,
+    bidirectional_mask_function,
+    causal_mask_function,
     create_bidirectional_mask,
     create_causal_mask,
     create_sliding_window_causal_mask,
+    or_masks,
+    packed_sequence_mask_function,
 )
 
 from integrations.tiny_models import causal_lm, everything, padding, sparse_mix, tokens
 from ssa_framework.errors import MaskError
 from ssa_framework.integrations.transformers import CompactMask, compact_mask, use_sparse_attention
+from ssa_framework.integrations.transformers.compact_mask import packed_segments
 
 CPU = torch.device("cpu")
 
@@ -73,6 +78,25 @@ def test_packed_documents() -> None:
     assert mask.unknown is None
     whole = create_causal_mask(config(), embeddings(1, 6), None, None, torch.arange(6)[None])
     assert whole.segments is None
+
+
+def test_forms_of_packed_documents() -> None:
+    """Versions of transformers combine documents and causality in either order, with or without positions of their
+    own; what combines anything else is not taken for packed documents."""
+    documents = torch.tensor([[0, 0, 0, 1, 2, 2]])
+    packed = packed_sequence_mask_function(documents)
+    remap = getattr(masking_utils, "remap_positions_for_packed_sequence", None)
+    remapped = [] if remap is None else [remap(causal_mask_function, torch.tensor([[0, 1, 2, 0, 0, 1]]))]
+    for causal in (causal_mask_function, *remapped):
+        for parts in ((packed, causal), (causal, packed)):
+            assert packed_segments(and_masks(*parts)) is documents
+            assert packed_segments(or_masks(*parts)) is None
+            assert packed_segments(and_masks(and_masks(*parts), causal)) is None
+            assert packed_segments(and_masks(*parts, bidirectional_mask_function)) is None
+    others = [] if remap is None else [remap(bidirectional_mask_function, documents)]
+    for other in (bidirectional_mask_function, packed, *others):
+        assert packed_segments(and_masks(packed, other)) is None
+    assert packed_segments(packed) is packed_segments(causal_mask_function) is None
 
 
 def test_sliding_window() -> None:
@@ -172,14 +196,3 @@ def test_model_that_makes_no_mask() -> None:
         wanted = sdpa(q, k, v, is_causal=causal is not False, scale=0.3).transpose(1, 2)
         torch.testing.assert_close(out, wanted)
         assert weights is None
-
-
-def test_missing_transformers() -> None:
-    code = (
-        "import sys; sys.modules['transformers'] = None\n"
-        "from ssa_framework.errors import MissingExtraError\n"
-        "try:\n    import ssa_framework.integrations.transformers\n"
-        "except MissingExtraError as error:\n    print(error)"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert "pip install 'ssa-framework[transformers]'" in run.stdout
