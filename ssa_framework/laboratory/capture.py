@@ -107,7 +107,7 @@ def capture_layers(
     the last layer that is wanted.
 
     Args:
-        model: any model of transformers 5 that goes through `transformers.AttentionInterface`.
+        model: any model of transformers that goes through `transformers.AttentionInterface`.
         tokens: int64 ``[B, N]``, without padding.
         consume: called with `LayerTensors`, in the order of the layers.
         layers: indices, negative ones count from the end; all layers that attend all tokens if left out.

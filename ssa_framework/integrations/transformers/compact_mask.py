@@ -196,13 +196,13 @@ def packed_segments(mask_function: Callable[..., Any]) -> Tensor | None:
     """
     if not _is_made_by(and_masks(), mask_function):
         return None
-    parts = _variables(mask_function)["mask_functions"]
+    parts = _variables(mask_function).get("mask_functions", ())
     model = packed_sequence_mask_function(torch.empty(0))
     documents = [part for part in parts if _is_made_by(model, part)]
     others = [part for part in parts if not _is_made_by(model, part)]
     if len(documents) != 1 or len(others) != 1 or not _is_causal(others[0]):
         return None
-    segments: Tensor = _variables(documents[0])["packed_sequence_mask"]
+    segments: Tensor | None = _variables(documents[0]).get("packed_sequence_mask")
     return segments
 
 
@@ -213,7 +213,7 @@ def _is_causal(mask_function: Callable[..., Any]) -> bool:
     remap = getattr(masking_utils, "remap_positions_for_packed_sequence", None)  # not every transformers 5 has it
     if remap is None or not _is_made_by(remap(causal_mask_function, torch.empty(0)), mask_function):
         return False
-    return _variables(mask_function)["mask_function"] is causal_mask_function
+    return _variables(mask_function).get("mask_function") is causal_mask_function
 
 
 def _is_made_by(model: Callable[..., Any], mask_function: Callable[..., Any]) -> bool:
