@@ -107,7 +107,7 @@ def capture_layers(
     the last layer that is wanted.
 
     Args:
-        model: any model of transformers 5 that goes through `transformers.AttentionInterface`.
+        model: any model of transformers that goes through `transformers.AttentionInterface`.
         tokens: int64 ``[B, N]``, without padding.
         consume: called with `LayerTensors`, in the order of the layers.
         layers: indices, negative ones count from the end; all layers that attend all tokens if left out.
@@ -115,14 +115,10 @@ def capture_layers(
     Raises:
         ConfigError: an index out of range, a layer with a sliding window, a model that computes something else than
             softmax attention, that has an encoder and a decoder, or that reads fewer tokens.
-        MaskError: a layer with a mask of its own. MissingExtraError: transformers is not installed.
+        MaskError: a layer with a mask of its own. MissingExtraError: transformers is not installed or too old.
     """
-    try:
-        from ssa_framework.integrations.transformers.modules import distinct_configs, self_attention
-    except ImportError as error:
-        raise MissingExtraError(
-            "capturing needs transformers 5 or later; run: pip install 'ssa-framework[transformers]'"
-        ) from error
+    from ssa_framework.integrations.transformers.modules import distinct_configs, self_attention
+
     if tokens.dim() != 2 or tokens.is_floating_point() or 0 in tokens.shape:
         raise ShapeError(f"tokens must be integers [B, N], got {tokens.dtype} {list(tokens.shape)}")
     modules = self_attention(model)

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils.benchmark.utils.timer import timer  # waits for CUDA where there is one
 
 from ssa_framework.config import SSAConfig
-from ssa_framework.errors import ConfigError, MissingExtraError
+from ssa_framework.errors import ConfigError
 from ssa_framework.graph import NeighborGraph
 from ssa_framework.hookspecs import hookimpl
 from ssa_framework.laboratory.files import replace_json
-from ssa_framework.laboratory.models import tokens_of
+from ssa_framework.laboratory.models import cache_name, tokens_of
 from ssa_framework.laboratory.passkey import Passkey, make_passkeys
 from ssa_framework.laboratory.perplexity import MOST_SCORED, perplexity
 from ssa_framework.masks import make_edge_mask
@@ -229,7 +229,7 @@ def evaluate(
     Raises:
         ConfigError: no mix, one that is called `DENSE`, no text or too short a one, more tokens than the model reads,
             perplexities that are not finite, or what `use_sparse_attention` says.
-        MissingExtraError: transformers is not installed.
+        MissingExtraError: transformers is not installed or too old.
     """
     plan = plan or Plan()
     if not mixes or DENSE in mixes:
@@ -349,13 +349,8 @@ class _Subject:
         dense_layers: tuple[int, ...],
         registry: SourceRegistry | None,
     ) -> None:
-        try:
-            from ssa_framework.integrations.transformers import use_sparse_attention
-        except ImportError as error:
-            raise MissingExtraError(
-                "evaluating a language model needs transformers 5 or later; run: pip install "
-                "'ssa-framework[transformers]'"
-            ) from error
+        from ssa_framework.integrations.transformers import use_sparse_attention
+
         self.mixes = dict(mixes)
         self.model, self.dense_layers, self.registry = model, dense_layers, registry
         self._use = use_sparse_attention
@@ -482,8 +477,9 @@ class _Reader:
 
     def _logits(self, ids: Tensor, keep: int = 0) -> Tensor:
         """Of tokens behind the cache, ``[N, V]``; ``keep``: only so many of the last, 0 = all."""
-        out = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=keep)
-        self.cache = out.past_key_values
+        name = cache_name(self.model)
+        out = self.model(ids, **{name: self.cache}, use_cache=True, logits_to_keep=keep)
+        self.cache = getattr(out, name)
         logits: Tensor = out.logits[0]
         return logits
 
@@ -523,31 +519,35 @@ def _costs(subject: _Subject, ids: Tensor, plan: Plan, found: _Found, say: Calla
 
 def _times(model: Any, ids: Tensor, new_tokens: int) -> tuple[float, list[float]]:
     """Seconds of a prefill, and of each token that is generated behind it."""
+    name = cache_name(model)
     model(ids[:, :2], use_cache=True)  # not the first call under this mix
     start = timer()
     out = model(ids, use_cache=True, logits_to_keep=1)
     token = out.logits[:, -1:].argmax(-1)
-    prefill, cache = timer() - start, out.past_key_values
+    prefill, cache = timer() - start, getattr(out, name)
     del out
     steps = []
     for _ in range(new_tokens + 1):
         start = timer()
-        token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        token = model(token, **{name: cache}, use_cache=True).logits[:, -1:].argmax(-1)
         steps.append(timer() - start)
     return prefill, steps[1:]  # the first one meets kernels and memory that no step has used yet
 
 
 def _peaks(model: Any, ids: Tensor) -> tuple[int, int]:
     """Bytes at the peak of a prefill, and of the second token that is generated behind it."""
-    caches = []
+    caches, name = [], cache_name(model)
 
     def prefill() -> None:
-        caches.append(model(ids, use_cache=True, logits_to_keep=1).past_key_values)
+        caches.append(getattr(model(ids, use_cache=True, logits_to_keep=1), name))
+
+    def step() -> None:
+        model(ids[:, -1:], **{name: caches[0]}, use_cache=True)
 
     gc.collect()
     most = peak_memory(prefill, model.device)
-    model(ids[:, -1:], past_key_values=caches[0], use_cache=True)
-    return most, peak_memory(lambda: model(ids[:, -1:], past_key_values=caches[0], use_cache=True), model.device)
+    step()
+    return most, peak_memory(step, model.device)
 
 
 def _number(value: float) -> float:

@@ -45,7 +45,7 @@ def load_model(
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise MissingExtraError(
-            "reading a language model needs transformers 5 or later; run: pip install 'ssa-framework[transformers]'"
+            "reading a language model needs transformers; run: pip install 'ssa-framework[transformers]'"
         ) from error
     options: dict[str, Any] = {"local_files_only": True}
     if gguf_file is not None:
@@ -121,3 +121,8 @@ def _find_gguf(folder: Path, name: str | None) -> str | None:
 
 def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")
+
+
+def cache_name(model: Any) -> str:
+    """What a model calls its cache, as an argument and in its output; newer versions of transformers renamed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.masking_utils import causal_mask_function, packed_sequence_compatibility_function
+from transformers.masking_utils import and_masks, causal_mask_function, packed_sequence_mask_function
 
 from ssa_framework.integrations.transformers import use_sparse_attention
 from ssa_framework.integrations.transformers.compact_mask import probed_segments
@@ -64,9 +64,8 @@ def test_padding_is_refused_with_the_way_out() -> None:
 
 
 def test_probed_segments() -> None:
-    positions = torch.cat([torch.arange(n) for n in (1, 30, 2, 67)])[None]
     documents = torch.arange(4).repeat_interleave(torch.tensor([1, 30, 2, 67]))[None]
-    packed = packed_sequence_compatibility_function(causal_mask_function, positions, documents)
+    packed = and_masks(causal_mask_function, packed_sequence_mask_function(documents))
     assert torch.equal(probed_segments(packed, 1, 100, None), documents)
 
     def looks_ahead(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Any:

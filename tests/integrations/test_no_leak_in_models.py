@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from integrations.tiny_models import bert, causal_lm, padding, positions, sparse_mix, tokens
+from integrations.tiny_models import CACHE, bert, causal_lm, padding, positions, sparse_mix, tokens
 from ssa_framework.integrations.transformers import use_sparse_attention
 
 LENGTH = 150
@@ -105,8 +105,8 @@ def test_generate_left_padded_is_as_alone(decode: Any) -> None:
 def test_dense_decode_sees_every_key() -> None:
     """A token behind the cache attends keys that the mix would leave out."""
     model, ids = causal_lm("llama"), tokens(1, LENGTH)
-    cached = model(ids[:, :-1], use_cache=True).past_key_values
-    dense = model(ids[:, -1:], past_key_values=cached).logits
+    cached = model(ids[:, :-1], use_cache=True)[CACHE]
+    dense = model(ids[:, -1:], **{CACHE: cached}).logits
     use_sparse_attention(model, sparse_mix(), dense_layers=(), decode="dense")
     cached.crop(-1)
-    torch.testing.assert_close(model(ids[:, -1:], past_key_values=cached).logits, dense, **TOLERANCE)
+    torch.testing.assert_close(model(ids[:, -1:], **{CACHE: cached}).logits, dense, **TOLERANCE)

@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from integrations.tiny_models import CAUSAL, LENGTH, bart, bert, causal_lm, everything, padding, positions, tokens
+from integrations.tiny_models import (
+    CACHE,
+    CAUSAL,
+    LENGTH,
+    bart,
+    bert,
+    causal_lm,
+    everything,
+    padding,
+    positions,
+    tokens,
+)
 from ssa_framework.integrations.transformers import use_sparse_attention
 
 SOURCES = ("topk", "window")
@@ -91,8 +102,8 @@ def test_prompt_in_chunks(decode: Any) -> None:
     dense = model(ids).logits
     with use_sparse_attention(model, everything("topk"), dense_layers=(), decode=decode):
         first = model(ids[:, :20], use_cache=True)
-        second = model(ids[:, 20:60], past_key_values=first.past_key_values, use_cache=True)
-        third = model(ids[:, 60:], past_key_values=second.past_key_values, use_cache=True)
+        second = model(ids[:, 20:60], **{CACHE: first[CACHE]}, use_cache=True)
+        third = model(ids[:, 60:], **{CACHE: second[CACHE]}, use_cache=True)
     chunks = torch.cat([first.logits, second.logits, third.logits], dim=1)
     torch.testing.assert_close(chunks, dense, **TOLERANCE)
 

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from integrations.tiny_models import bart, causal_lm, everything, padding, positions, sparse_mix, tokens
+from integrations.tiny_models import CACHE, bart, causal_lm, everything, padding, positions, sparse_mix, tokens
 from ssa_framework import NeighborGraph, SourceRegistry, SSAConfig
 from ssa_framework.errors import ConfigError
 from ssa_framework.hookspecs import hookimpl
@@ -72,8 +72,8 @@ def feed(model: PreTrainedModel, ids: Tensor, chunks: list[int], cache: Any = No
     """Logits of tokens that come in chunks, behind what is in the cache."""
     logits, start = [], 0
     for length in chunks:
-        out = model(ids[:, start : start + length], past_key_values=cache, use_cache=True)
-        cache, start = out.past_key_values, start + length
+        out = model(ids[:, start : start + length], **{CACHE: cache}, use_cache=True)
+        cache, start = out[CACHE], start + length
         logits.append(out.logits)
     return torch.cat(logits, dim=1), cache
 
@@ -128,7 +128,7 @@ def test_dense_below_in_a_padded_batch() -> None:
         logits = [out.logits]
         for end in range(91, PROMPT + NEW + 1):
             here = {"attention_mask": mask[:, :end], "position_ids": positions(mask)[:, end - 1 : end]}
-            out = model(ids[:, end - 1 : end], past_key_values=out.past_key_values, use_cache=True, **here)
+            out = model(ids[:, end - 1 : end], **{CACHE: out[CACHE]}, use_cache=True, **here)
             logits.append(out.logits)
     real = mask.bool()
     torch.testing.assert_close(torch.cat(logits, dim=1)[real], one[real], **TOLERANCE)
@@ -316,7 +316,7 @@ def test_decode_dense_keeps_no_states(counting: SourceRegistry) -> None:
     with use_sparse_attention(model, config_of("counting"), dense_layers=(), registry=counting, decode="dense"):
         out = model.generate(tokens(1, 40), max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
     assert Counting.taken == []
-    assert not layers_of(out.past_key_values)
+    assert not layers_of(out[CACHE])
 
 
 def test_states_of_several_models_in_one_cache() -> None:
@@ -401,7 +401,8 @@ def test_layer_is_a_dynamic_layer(filled: str) -> None:
     grow(1)
     both("crop", -ours.get_seq_length())
     grow(4)
-    both("reset")
+    with torch.inference_mode(filled == "inference-mode"):  # older versions of transformers write zeros
+        both("reset")
     grow(2)
 
 
@@ -458,7 +459,7 @@ def test_gradients_through_a_cache() -> None:
     use_sparse_attention(model, mix("preset"), dense_layers=())
     wanted = whole(model, ids)
     first = model(ids[:, :40], use_cache=True)
-    second = model(ids[:, 40:], past_key_values=first.past_key_values, use_cache=True)
+    second = model(ids[:, 40:], **{CACHE: first[CACHE]}, use_cache=True)
     torch.testing.assert_close(second.logits, wanted[:, 40:], **TOLERANCE)
     second.logits.sum().backward()
     gradient = model.model.layers[0].self_attn.k_proj.weight.grad

@@ -15,6 +15,13 @@ from ssa_framework.hookspecs import hookimpl
 from ssa_framework.integrations.transformers import use_sparse_attention
 from ssa_framework.registry import SourceRegistry
 
+# older versions of transformers know it by the second name only
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable")
+    else "gradient_checkpointing"
+)
+
 
 class Recorder:
     """A plugin that keeps every graph."""
@@ -47,7 +54,7 @@ def test_gradient_checkpointing(dropout: float, reentrant: bool) -> None:
     wanted = train_step(model, ids)
     plain = [graph.to_dense_mask() for graph in recorder.graphs]
     recorder.graphs.clear()
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()
     found = train_step(model, ids)
@@ -99,7 +106,7 @@ def test_trainer(checkpointing: bool, tmp_path: Path) -> None:
     model = causal_lm("llama")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     use_sparse_attention(model, sparse_mix())
-    result = trainer(model, tmp_path, activation_checkpointing=checkpointing).train()
+    result = trainer(model, tmp_path, **{CHECKPOINTING: checkpointing}).train()
     assert result.global_step == 2
     assert result.training_loss > 0
     assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,8 +10,11 @@ import transformers
 from torch import Tensor
 
 from ssa_framework import SSAConfig
+from ssa_framework.laboratory.models import cache_name
 
 VOCABULARY, LENGTH = 97, 65
+CACHE = cache_name(transformers.LlamaForCausalLM)
+"""What this version of transformers calls a cache."""
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -109,3 +113,16 @@ def padding(batch: int, length: int, side: str, amount: int = 21) -> Tensor:
 
 def positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def make_mask(
+    create: Callable[..., Any],
+    config: Any,
+    embeddings: Tensor,
+    attention_mask: Tensor | None = None,
+    cache: Any = None,
+    position_ids: Tensor | None = None,
+    **options: Any,
+) -> Any:
+    """What a causal mask function of transformers makes; versions differ in the name and the place of the cache."""
+    return create(config, embeddings, attention_mask, **{CACHE: cache}, position_ids=position_ids, **options)

@@ -34,7 +34,7 @@ Decode = Literal["sparse", "dense", "rebuild"]
 _LAYER = "_ssa_layer"
 _CACHE = "ssa_cache"
 """The option by which a module gets its cache through to `sparse_attention_forward`."""
-_CACHE_PARAMETERS = ("past_key_values", "layer_past")
+_CACHE_PARAMETERS = ("cache", "past_key_values", "layer_past")
 _REFUSED = {
     "softcap": "soft-capping of the scores",
     "s_aux": "attention sinks (an extra logit per head)",

@@ -254,7 +254,7 @@ def adopt(cache: Any, index: int | None) -> Any:
     """Let the layers of a dynamic cache grow in room and hold index states; those of other kinds stay as they are.
 
     Args:
-        cache: what a model calls ``past_key_values``. index: of the layer that is going to be used.
+        cache: what a model calls ``cache`` or ``past_key_values``. index: of the layer that is going to be used.
 
     Returns: the cache of self-attention.
     """

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import masking_utils
 from transformers.masking_utils import (
+    and_masks,
     bidirectional_mask_function,
     causal_mask_function,
-    packed_sequence_compatibility_function,
+    packed_sequence_mask_function,
     sdpa_mask,
 )
 
@@ -188,18 +190,40 @@ def compact_mask(
 def packed_segments(mask_function: Callable[..., Any]) -> Tensor | None:
     """The document of every token ``[B, N]``, if ``mask_function`` is transformers' causal mask of packed documents.
 
-    transformers hands the documents on inside of this function only, so it is taken apart; one that is put together
-    otherwise is not taken for a packed mask.
+    transformers hands the documents on inside of this function only, so it is taken apart: it combines, in either
+    order, the documents and the causal mask, which may count positions inside of the documents. A function that is put
+    together otherwise is not taken for a packed mask.
     """
-    model = packed_sequence_compatibility_function(causal_mask_function, torch.empty(0), torch.empty(0))
-    parts, expected = _parts(mask_function), _parts(model)
-    if [part.__code__ for part in parts] != [part.__code__ for part in expected]:
+    if not _is_made_by(and_masks(), mask_function):
         return None
-    documents, remapped = (inspect.getclosurevars(part).nonlocals for part in parts)
-    if remapped.get("mask_function") is not causal_mask_function:
+    parts = _variables(mask_function).get("mask_functions", ())
+    model = packed_sequence_mask_function(torch.empty(0))
+    documents = [part for part in parts if _is_made_by(model, part)]
+    others = [part for part in parts if not _is_made_by(model, part)]
+    if len(documents) != 1 or len(others) != 1 or not _is_causal(others[0]):
         return None
-    segments: Tensor | None = documents.get("packed_sequence_mask")
+    segments: Tensor | None = _variables(documents[0]).get("packed_sequence_mask")
     return segments
+
+
+def _is_causal(mask_function: Callable[..., Any]) -> bool:
+    """Whether it is the causal mask, or the same of positions that restart with every document."""
+    if mask_function is causal_mask_function:
+        return True
+    remap = getattr(masking_utils, "remap_positions_for_packed_sequence", None)  # not every transformers 5 has it
+    if remap is None or not _is_made_by(remap(causal_mask_function, torch.empty(0)), mask_function):
+        return False
+    return _variables(mask_function).get("mask_function") is causal_mask_function
+
+
+def _is_made_by(model: Callable[..., Any], mask_function: Callable[..., Any]) -> bool:
+    """Whether the function that returned ``model`` has returned ``mask_function`` too."""
+    return getattr(mask_function, "__code__", None) is model.__code__
+
+
+def _variables(mask_function: Callable[..., Any]) -> Mapping[str, Any]:
+    """What it has from the function that returned it."""
+    return inspect.getclosurevars(mask_function).nonlocals
 
 
 def probed_segments(mask_function: Callable[..., Any], batch: int, length: int, device: Any) -> Tensor:
@@ -222,14 +246,6 @@ def probed_segments(mask_function: Callable[..., Any], batch: int, length: int, 
         holds = holds & (mask_function(rows, head, queries, before) == same).all()
     torch._assert_async(holds, "sparse layers got a mask function that is not causal attention inside of documents")
     return segments
-
-
-def _parts(mask_function: Callable[..., Any]) -> list[Any]:
-    """The functions that transformers' ``and_masks`` has combined."""
-    if not inspect.isfunction(mask_function):
-        return []
-    parts = inspect.getclosurevars(mask_function).nonlocals.get("mask_functions", ())
-    return [part for part in parts if inspect.isfunction(part)]
 
 
 def mask_of_shapes(query: Tensor, key: Tensor, causal: bool) -> CompactMask:

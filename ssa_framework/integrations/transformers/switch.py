@@ -124,7 +124,7 @@ def use_sparse_attention(
     ``dense_layers``. What is dense is computed by transformers' ``sdpa`` function.
 
     Args:
-        model: any model of transformers 5 that goes through `transformers.AttentionInterface`.
+        model: any model of transformers that goes through `transformers.AttentionInterface`.
         config: for all sparse layers: a configuration, a mapping from source names to options, the name of a preset,
             or the path of a JSON configuration (``*.json``), such as ``ssa tune`` writes. Its sizes, ``causal``,
             ``dropout`` and ``rope_base`` are not used; the model says them. Its ``layers`` are honoured.
