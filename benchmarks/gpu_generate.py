@@ -27,6 +27,7 @@ from transformers import DynamicCache
 
 from ssa_framework import SSAConfig, captured
 from ssa_framework.integrations.transformers import use_sparse_attention
+from ssa_framework.laboratory.models import cache_name
 
 MIXES = {f"preset {name}": SSAConfig.preset(name, graph_heads="kv") for name in ("fast", "balanced", "quality")}
 WARM, CHECKED, TIMED = 8, 24, 64
@@ -73,7 +74,8 @@ class Session:
         text."""
         some = self.ids[:, self.place : self.place + tokens]
         self.place += tokens
-        return self.model(some, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        options = {cache_name(self.model): self.cache}
+        return self.model(some, **options, use_cache=True, logits_to_keep=1).logits[:, -1]
 
     def median_token(self) -> float:
         for _ in range(WARM):
