@@ -2,8 +2,8 @@
 
 A Llama with random weights, bfloat16, 32 query heads over 8 KV heads × 128, a few layers of which none is left dense,
 a long prompt of random tokens, then single tokens through ``model(...)`` with a dynamic cache. *Dense* is transformers'
-``sdpa``. Sparse steps are timed as they come, and with captured steps switched off. Before anything is timed, tokens
-with and without captured steps must give the same logits, and those of the prompt and of the tokens must be finite.
+``sdpa``. Sparse steps are timed as they come, and with captured steps switched off. Before a mix is timed, tokens with
+and without captured steps must give the same logits, all of them finite, and on CUDA some must have been replayed.
 
     python benchmarks/gpu_generate.py --length 32768 --length 131072
 """
@@ -14,7 +14,7 @@ import csv
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 from unittest import mock
@@ -87,7 +87,43 @@ def captures(switched_on: bool) -> Any:
     return nullcontext() if switched_on else mock.patch.object(captured, "_may_be_captured", return_value=False)
 
 
-def measure(model: transformers.PreTrainedModel, ids: Tensor, length: int) -> Iterator[dict[str, object]]:
+@contextmanager
+def counted_steps() -> Iterator[list[bool]]:
+    """Of each step of a layer, whether it was a replay."""
+    counted: list[bool] = []
+    run = captured.CapturedSteps.run
+
+    def count(*args: Any) -> Tensor | None:
+        out: Tensor | None = run(*args)
+        counted.append(out is not None)
+        return out
+
+    with mock.patch.object(captured.CapturedSteps, "run", count):
+        yield counted
+
+
+def check(model: transformers.PreTrainedModel, ids: Tensor, length: int) -> float:
+    """The largest difference of logits of single tokens with and without captured steps, relative to the largest."""
+    found, replays = [], 0
+    for on in (False, True):
+        session = Session(model, ids)
+        logits = [session.read(length)]
+        with captures(on), counted_steps() as counted:
+            logits += [session.read(1) for _ in range(CHECKED)]
+        found.append(torch.stack(logits).float())
+        replays = sum(counted)
+    plain, replayed = found
+    difference = float((plain - replayed).abs().max() / plain.abs().max())
+    if not difference < 2e-2 or not bool(replayed.isfinite().all()):
+        raise SystemExit(f"captured steps differ by {difference:.2g} of the largest logit")
+    if torch.cuda.is_available() and not replays:
+        raise SystemExit(f"no step was captured behind {length} tokens; fewer than dense_below?")
+    return difference
+
+
+def measure(
+    model: transformers.PreTrainedModel, ids: Tensor, length: int, mixes: list[str]
+) -> Iterator[dict[str, object]]:
     def prompt() -> tuple[Session, float]:
         session = Session(model, ids)
         return session, milliseconds(lambda: session.read(length))
@@ -99,32 +135,14 @@ def measure(model: transformers.PreTrainedModel, ids: Tensor, length: int) -> It
     session, dense_prompt = second_prompt()
     dense_token = session.median_token()
     del session
-    for mix, config in MIXES.items():
-        with use_sparse_attention(model, config, dense_layers=()):
+    for mix in mixes:
+        with use_sparse_attention(model, MIXES[mix], dense_layers=()):
+            difference = check(model, ids, length)
             session, prompt_ms = second_prompt()
-            logits: list[Tensor] = []
-            for on in (False, True):
-                twin = Session(model, ids)
-                twin.read(length)
-                with captures(on):
-                    logits.append(torch.stack([twin.read(1) for _ in range(CHECKED)]).float())
-                del twin
-            plain, replayed = logits
-            difference = float((plain - replayed).abs().max() / plain.abs().max())
-            if not difference < 2e-2 or not bool(replayed.isfinite().all()):
-                raise SystemExit(f"{mix}: captured steps differ by {difference:.2g} of the largest logit")
             with captures(False):
                 plain_token = session.median_token()
             before = torch.cuda.memory_reserved() if torch.cuda.is_available() else 0
-            counted: list[bool] = []
-            run = captured.CapturedSteps.run
-
-            def count(*args: Any, run: Any = run, counted: list[bool] = counted) -> Tensor | None:
-                out: Tensor | None = run(*args)
-                counted.append(out is not None)
-                return out
-
-            with mock.patch.object(captured.CapturedSteps, "run", count):
+            with counted_steps() as counted:
                 token = session.median_token()
             after = torch.cuda.memory_reserved() if torch.cuda.is_available() else 0
             yield {
@@ -157,15 +175,12 @@ def main(
     out: Annotated[Path, typer.Option(help="CSV file")] = Path(__file__).parent / "results" / "gpu_generate.csv",
 ) -> None:
     """Check and time generating."""
-    for name in list(MIXES):
-        if mix and name not in mix:
-            del MIXES[name]
     model = llama(layers, hidden)
     rows: list[dict[str, object]] = []
     with torch.no_grad():
         for tokens in length or [32768, 131072]:
             ids = torch.randint(32000, (1, tokens + CHECKED + 2 * (WARM + TIMED)), device=model.device)
-            for row in measure(model, ids, tokens):
+            for row in measure(model, ids, tokens, mix or list(MIXES)):
                 rows.append(row)
                 print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
                 out.parent.mkdir(parents=True, exist_ok=True)

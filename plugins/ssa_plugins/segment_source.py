@@ -112,7 +112,7 @@ class SegmentSource(NeighborSource):
         """The keys by place, cut into the segments of the first level, and the levels that have full segments."""
         places = Places.of(ctx, [segment for segment, _ in sizes])
         own = places[0]
-        full = [here for here in places if here.starts.shape[1]]
+        full = [here for here in places if here.starts.shape[1]]  # the first levels: segments become longer
         if not full:
             return own, []
         firsts = [here.first for here in full]
